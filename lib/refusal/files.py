@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -18,13 +19,17 @@ class CompendiumError(Exception):
     """Bad input. The message is one sentence: what is wrong, where, and what to do."""
 
 
-def _explain(error: OSError, path: Path) -> CompendiumError | None:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+def _explain(error: Exception, path: Path) -> CompendiumError | None:
+    found = re.search(r"\(os error (\d+)\)", str(error))  # how safetensors passes on the system's errors
+    code = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+    if code in (errno.ENOSPC, errno.EDQUOT):
         return CompendiumError(f"no space is left to write {path}: free some, then run the same command again.")
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+    if code in (errno.EACCES, errno.EPERM, errno.EROFS):
         return CompendiumError(f"no permission to write {path}: change its owner or mode, or choose another folder.")
-    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+    if code in (errno.ENOTDIR, errno.EEXIST):
         return CompendiumError(f"{path} cannot be written, because a file lies where a folder is needed: move it away.")
+    if code == errno.EISDIR:
+        return CompendiumError(f"{path} cannot be written, because a folder lies there: move it away.")
     return None
 
 
@@ -52,7 +57,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
             os.fsync(written.fileno())
         temporary.chmod(0o644)
         temporary.replace(path)
-    except OSError as error:
+    except Exception as error:
         explained = _explain(error, path)
         if explained is None:
             raise
@@ -87,7 +92,7 @@ def progress(total: int, what: str, unit: str) -> tqdm:
     if terminal:
         with contextlib.suppress(OSError):
             stream = open(os.open(terminal, os.O_WRONLY | os.O_NOCTTY), "w")  # noqa: PTH123, SIM115
-            return tqdm(total=total, desc=what, unit=unit, file=stream, dynamic_ncols=True, leave=False)
+            return tqdm(total=total, desc=what, unit=unit, file=stream, dynamic_ncols=True, leave=False, disable=False)
     return tqdm(total=total, desc=what, unit=unit, disable=not sys.stderr.isatty(), leave=False)
 
 
