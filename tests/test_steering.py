@@ -1,0 +1,447 @@
+"""The steering gates: what steering must do, held against plain transformers and torch hooks, in float32."""
+
+import collections
+import copy
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from plain import PROMPTS, Plain
+from scipy import stats
+
+from refusal import models, prefixes, steering
+from refusal.directions import Directions
+from refusal.files import CompendiumError
+from refusal.steering import Condition
+
+NEW = 24
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2"])
+def architecture(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(tiny_models, architecture):
+    return tiny_models[architecture]
+
+
+@pytest.fixture(scope="module")
+def plain(architecture):
+    return Plain(architecture)
+
+
+@pytest.fixture(scope="module")
+def directions():
+    """A random direction a layer, of different norms, large enough to change what the tiny models say."""
+    unit = torch.nn.functional.normalize(torch.randn(4, 32, generator=torch.Generator().manual_seed(1)), dim=-1)
+    return Directions("random", unit, torch.tensor([3.0, 6.0, 9.0, 12.0]), torch.tensor([8.0, 10.0, 12.0, 15.0]))
+
+
+@pytest.fixture(scope="module")
+def conditions(directions):
+    """Different operations, layers, signs and positions, to be rows of one batch."""
+    return [
+        steering.baseline(),
+        steering.add(directions, 1, 1.0),
+        steering.add(directions, 1, -1.0),
+        steering.add(directions, 0, 2.0),
+        steering.add(directions, 3, 1.5),
+        steering.add(directions, [0, 2, 3], 0.7),
+        steering.add(directions, 1, 1.0, position="last"),
+        steering.add(directions, [1, 2], -0.8, position="last"),
+        steering.ablate(directions, 1),
+        ablate_at(directions, 2),
+    ]
+
+
+def ablate_at(directions, layer, position="all"):
+    """Ablation at one layer only, which the library offers through `Condition`."""
+    return Condition(
+        f"ablate@{layer}", "ablate", "random", (layer,), vectors=directions.unit[[layer]], position=position
+    )
+
+
+def tokens(rows):
+    return [[(completion.token_ids, completion.stop_reason) for completion in row] for row in rows]
+
+
+# ---- against plain transformers
+
+
+def test_alpha_zero_equals_plain_generation(model, plain, directions):
+    untouched = [steering.baseline(), steering.add(directions, 1, 0.0), steering.add(directions, [0, 1, 2, 3], 0)]
+    for text, row in zip(
+        PROMPTS, tokens(steering.generate(model, PROMPTS, untouched, max_new_tokens=NEW)), strict=True
+    ):
+        assert row == [plain.generate(text, Condition("plain"), NEW)] * 3
+
+
+def test_nnsight_equals_plain_hooks(model, plain, conditions):
+    made = steering.generate(model, PROMPTS, conditions, max_new_tokens=NEW)
+    for text, row in zip(PROMPTS, tokens(made), strict=True):
+        for condition, completion in zip(conditions, row, strict=True):
+            assert completion == plain.generate(text, condition, NEW), condition.name
+    # The comparison says something only where conditions and prompts lead to different tokens.
+    assert len({completion.token_ids for row in made for completion in row}) > 0.8 * len(PROMPTS) * len(conditions)
+    assert np.mean([len(completion.token_ids) for row in made for completion in row]) > NEW / 2
+    stopped = next((c for row in made for c in row if c.stop_reason == "stop"), None)
+    assert stopped is None or not set(stopped.token_ids) & set(model.stop_ids)
+
+
+@pytest.mark.parametrize("layers", [(1,), (0, 2, 3)])
+def test_adding_equals_a_bias_of_the_module_before(model, plain, directions, layers):
+    """The vector as the bias of down_proj, whose output is added to the residual stream at the block's end."""
+    folded = copy.deepcopy(plain)
+    condition = steering.add(directions, list(layers), 0.9)
+    for layer, vector in zip(condition.layers, condition.vectors, strict=True):
+        folded.hf.model.layers[layer].mlp.down_proj.bias = torch.nn.Parameter(vector.clone(), requires_grad=False)
+    rows = tokens(steering.generate(model, PROMPTS, [condition], max_new_tokens=NEW))
+    assert rows == [[folded.generate(text, Condition("plain"), NEW)] for text in PROMPTS]
+    assert rows != [[plain.generate(text, Condition("plain"), NEW)] for text in PROMPTS]
+
+
+def without(weight, unit):
+    """A matrix that writes to the residual stream, and now writes nothing along `unit`."""
+    return weight - torch.outer(unit, unit @ weight)
+
+
+def test_ablating_equals_orthogonalised_weights(architecture, directions):
+    """Arditi et al. (2024), equation 5: ablation is the same as weights that cannot write the direction.
+
+    Ours ablates at the embeddings and at the blocks' outputs, so a block's MLP still reads what its attention wrote.
+    For the two to be the same, no attention may write the direction in either model.
+    """
+    unit = directions.unit[2]
+    base, folded = Plain(architecture), Plain(architecture)
+    for hf in (base.hf, folded.hf):
+        hf.lm_head.weight = torch.nn.Parameter(hf.lm_head.weight.clone(), requires_grad=False)  # no longer tied
+        for block in hf.model.layers:
+            block.self_attn.o_proj.weight.copy_(without(block.self_attn.o_proj.weight, unit))
+    embedded = folded.hf.model.embed_tokens.weight
+    folded.hf.model.embed_tokens.weight = torch.nn.Parameter(without(embedded.T, unit).T, requires_grad=False)
+    for block in folded.hf.model.layers:
+        block.mlp.down_proj.weight.copy_(without(block.mlp.down_proj.weight, unit))
+    plainly = [[base.generate(text, Condition("plain"), NEW)] for text in PROMPTS]
+    expected = [[folded.generate(text, Condition("plain"), NEW)] for text in PROMPTS]
+    model = models.wrap(base.hf, base.tokenizer, "tiny", stop=("<|endoftext|>",))
+    assert tokens(steering.generate(model, PROMPTS, [steering.ablate(directions, 2)], max_new_tokens=NEW)) == expected
+    assert plainly != expected
+
+
+# ---- cache and batch
+
+
+def test_with_cache_and_shared_beginning_equals_without(model, conditions):
+    some = PROMPTS[:3]
+    made = tokens(steering.generate(model, some, conditions, max_new_tokens=12))
+    assert tokens(steering.generate(model, some, conditions, max_new_tokens=12, share=False)) == made
+    assert tokens(steering.generate(model, some, conditions, max_new_tokens=12, use_cache=False)) == made
+
+
+def test_a_batch_equals_single_prompts_and_conditions(model, conditions):
+    """Prompts of 1 to 50 words and conditions of different layers, all in one batch and each alone."""
+    some = [*conditions, steering.sampled(5)]
+    together = tokens(steering.generate(model, PROMPTS, some, max_new_tokens=12))
+    alone = [[tokens(steering.generate(model, [t], [c], max_new_tokens=12))[0][0] for c in some] for t in PROMPTS]
+    assert together == alone
+    assert tokens(steering.generate(model, PROMPTS[::-1], some[::-1], max_new_tokens=12)) == [
+        row[::-1] for row in together[::-1]
+    ]
+
+
+def test_rows_that_end_leave_the_others_as_they_are(model, conditions):
+    """Common words as stop tokens, so that rows, greedy and sampled, end at many different steps."""
+    some = [*conditions, steering.sampled(1), steering.sampled(2)]
+    whole = tokens(steering.generate(dataclasses.replace(model, stop_ids=(-1,)), PROMPTS, some, max_new_tokens=NEW))
+    common = collections.Counter(token for row in whole for ids, _ in row for token in set(ids[3:]))
+    stops = tuple(token for token, _ in common.most_common(5))
+    ends = dataclasses.replace(model, stop_ids=stops)
+    made = tokens(steering.generate(ends, PROMPTS, some, max_new_tokens=NEW))
+    for row, unstopped in zip(made, whole, strict=True):
+        for (ids, reason), (all_ids, _) in zip(row, unstopped, strict=True):
+            first = next((place for place, token in enumerate(all_ids) if token in stops), NEW)
+            assert (ids, reason) == (all_ids[:first], "stop" if first < NEW else "length")
+    assert tokens(steering.generate(ends, PROMPTS, some, max_new_tokens=NEW, use_cache=False)) == made
+    lengths = [len(ids) for row in made for ids, _ in row]
+    assert len(set(lengths)) > 6 and max(lengths) > NEW / 2
+
+
+def test_nothing_to_do_is_done(model):
+    assert steering.generate(model, [], [steering.baseline()], max_new_tokens=2) == []
+    assert steering.generate(model, ["Hi"], [], max_new_tokens=2) == [[]]
+
+
+# ---- which tokens are steered
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_every_token_but_padding_is_steered(model, plain, directions, share):
+    """The residual stream's change at every position and step of a padded batch, shared beginning included.
+
+    What enters the block after the steered one is held against what an unsteered model makes of the same tokens there:
+    blocks up to the steered one cannot know of the steering but through the tokens.
+    """
+    layer, new = 1, 6
+    conditions = [
+        steering.baseline(),
+        steering.add(directions, layer, 1.0),
+        steering.add(directions, layer, -2.0, position="last"),
+        ablate_at(directions, layer),
+        ablate_at(directions, layer, position="last"),
+    ]
+    model, rows = dataclasses.replace(model, stop_ids=(-1,)), len(PROMPTS) * len(conditions)  # so that no row ends
+    prefix, inputs = prefixes.batch(model, [text for text in PROMPTS for _ in conditions], share)
+    assert (prefix.shape[1] > 10) == share
+    streams, tokens_in, places = [], [], []
+
+    def note(where, name):
+        def hook(module, args, kwargs):
+            seen = kwargs.get(name, args[-1] if args else None)
+            repeats = rows // len(seen)  # the shared beginning has a row a condition
+            where.append(seen.clone().repeat(repeats, *[1] * (seen.ndim - 1)))
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(note(where, name), with_kwargs=True)
+        for module, where, name in (
+            (model.hf.model.layers[layer + 1], streams, "hidden_states"),
+            (model.hf.model.embed_tokens, tokens_in, "input"),
+            (model.hf.model.rotary_emb, places, "position_ids"),
+        )
+    ]
+    try:
+        steering.generate(model, PROMPTS, conditions, max_new_tokens=new, share=share)
+    finally:
+        for handle in handles:
+            handle.remove()
+    after, ids = torch.cat(streams, dim=1), torch.cat(tokens_in, dim=1)
+    prompt = inputs["attention_mask"]
+    end = prompt.shape[1]
+    assert (ids[:, :end] == inputs["input_ids"]).all() and ids.shape[1] == end + new - 1
+    mask = torch.cat([prompt, torch.ones_like(ids[:, end:])], dim=1)
+    positions = torch.cat(places, dim=1)  # those of padding say nothing, but decide what the padding's stream is
+    assert (positions == mask.cumsum(1) - 1)[mask.bool()].all()
+    with torch.no_grad():
+        before = plain.hf(ids, attention_mask=mask, position_ids=positions, output_hidden_states=True).hidden_states[
+            layer + 1
+        ]
+
+    unit = directions.unit[layer]
+    added = (directions.raw_norm[layer] * unit).expand_as(before)
+    shadow = -(before @ unit)[..., None] * unit
+    kinds = [torch.zeros_like(before), added, -2 * added, shadow, shadow]
+    for row in range(rows):
+        kind = row % len(conditions)
+        steered = mask[row].bool().clone()
+        if conditions[kind].position == "last":
+            steered[: end - 1] = False
+        expected = kinds[kind][row] * steered[:, None]
+        torch.testing.assert_close(after[row] - before[row], expected, rtol=0, atol=2e-4)
+        assert (mask[row] == 0).any() or row // len(conditions) == 2
+        assert kind == 0 or (expected[steered].norm(dim=-1) > 0.01).float().mean() > 0.9
+
+
+def test_what_padding_holds_changes_nothing(model, conditions, monkeypatch):
+    openings, whole = [5, 17, 60], prefixes.batch
+    made = tokens(steering.generate(model, PROMPTS, conditions, max_new_tokens=8))
+    screened = steering.screen(model, PROMPTS, conditions, openings)
+    padded = 0
+
+    def littered(*args):
+        nonlocal padded
+        prefix, batch = whole(*args)
+        pads = batch["attention_mask"] == 0
+        padded += int(pads.sum())
+        litter = torch.randint(3, 400, pads.shape, generator=torch.Generator().manual_seed(3))
+        return prefix, {**batch, "input_ids": torch.where(pads, litter, batch["input_ids"])}
+
+    monkeypatch.setattr(prefixes, "batch", littered)
+    assert tokens(steering.generate(model, PROMPTS, conditions, max_new_tokens=8)) == made
+    assert tokens(steering.generate(model, PROMPTS, conditions, max_new_tokens=8, share=False)) == made
+    torch.testing.assert_close(steering.screen(model, PROMPTS, conditions, openings), screened, rtol=0, atol=1e-4)
+    assert padded > 1000
+
+
+# ---- sampling
+
+
+def test_samples_depend_on_seed_and_text_alone(model, directions):
+    def sample(prompts, seeds, new=12, others=()):
+        rows = [*others, *(steering.sampled(seed) for seed in seeds)]
+        made = steering.generate(model, prompts, rows, max_new_tokens=new)
+        return [[completion.token_ids for completion in row[len(others) :]] for row in made]
+
+    ((alone,),) = sample(PROMPTS[:1], [3])
+    among = sample([PROMPTS[2], PROMPTS[0]], [8, 3, 4], others=[steering.baseline(), steering.add(directions, 1, 1.0)])
+    assert among[1][1] == alone
+    assert sample(PROMPTS[:1], [3], new=5)[0][0] == alone[:5]
+    assert len({ids for row in among for ids in row}) == 6
+    greedy = steering.generate(model, PROMPTS[:1], [steering.baseline()], max_new_tokens=12)[0][0].token_ids
+    mixed = steering.generate(model, PROMPTS[:1], [steering.sampled(3), steering.baseline()], max_new_tokens=12)[0]
+    assert [completion.token_ids for completion in mixed] == [alone, greedy] and alone != greedy
+
+
+def frequencies_fit(drawn, probabilities):
+    """Chi-square p value of drawn token ids, tokens that are expected less than 8 times taken together."""
+    expected = probabilities * len(drawn)
+    common = expected >= 8
+    counts = torch.bincount(torch.tensor(drawn), minlength=len(expected)).double()
+    assert common.sum() >= 4
+    seen, wanted = ([*x[common].tolist(), float(x[~common].sum())] for x in (counts, expected))
+    return stats.chisquare(seen, wanted).pvalue
+
+
+def test_sampled_frequencies_follow_softmax(model, plain):
+    """Of the first token, and of the second one after the commonest first (so that steps are drawn independently)."""
+    # In one batch with a stop token at the first place, a completion is empty; that token is counted as the first stop.
+    text, total = "How do I bake bread?", 4000
+    made = steering.generate(model, [text], [steering.sampled(seed) for seed in range(total)], max_new_tokens=2)[0]
+    probabilities = plain.logits(text, Condition("plain")).softmax(-1)
+    keep = torch.ones(len(probabilities), dtype=torch.bool)
+    keep[plain.stop_ids] = False
+    first = [completion.token_ids[0] for completion in made if completion.token_ids]
+    stops = total - len(first)
+    assert abs(stops - total * float(probabilities[~keep].sum())) <= 4 * math.sqrt(total * 0.25)
+    assert frequencies_fit(first, probabilities * keep / probabilities[keep].sum()) > 0.001
+
+    commonest = int((probabilities * keep).argmax())
+    ids = torch.cat([plain.ids(text), torch.tensor([[commonest]])], dim=1)
+    after = plain.hf(ids).logits[0, -1].double().softmax(-1)
+    second = [
+        c.token_ids[1] if len(c.token_ids) > 1 else plain.stop_ids[0] for c in made if c.token_ids[:1] == (commonest,)
+    ]
+    after[plain.stop_ids[0]] += after[plain.stop_ids[1]]
+    after[plain.stop_ids[1]] = 0
+    assert len(second) > 200
+    assert frequencies_fit(second, after) > 0.001
+
+
+# ---- reference NLL and screen
+
+
+def test_reference_nll_equals_a_loop_over_tokens(model, plain):
+    generator = torch.Generator().manual_seed(4)
+    lengths = [30, 0, 8, 9, 17, 1, 40, 12]
+    prompts = [PROMPTS[i % len(PROMPTS)] for i in range(len(lengths))]
+    completions = [torch.randint(3, 400, (length,), generator=generator).tolist() for length in lengths]
+    expected = []
+    for text, ids in zip(prompts, completions, strict=True):
+        losses, row = [], plain.ids(text)
+        for place, token in enumerate(ids):
+            with torch.no_grad():
+                log_p = torch.log_softmax(plain.hf(row).logits[0, -1].double(), -1)
+            if place >= 8:
+                losses.append(-float(log_p[token]))
+            row = torch.cat([row, torch.tensor([[token]])], dim=1)
+        expected.append(sum(losses) / len(losses) if losses else math.nan)
+    assert np.isnan(expected).tolist() == [length <= 8 for length in lengths]
+    for rows in (16, 3):
+        np.testing.assert_allclose(steering.reference_nll(model, prompts, completions, rows), expected, rtol=1e-4)
+
+
+def test_own_nll_is_that_of_the_model_as_it_generated(model, plain, conditions):
+    """Without an intervention it is the reference NLL; with one, that of the steered model."""
+    unsteered = [steering.baseline(), *(steering.sampled(seed) for seed in range(4))]
+    made = steering.generate(model, PROMPTS[:2], unsteered, max_new_tokens=16)
+    flat = [(text, completion) for text, row in zip(PROMPTS, made, strict=False) for completion in row]
+    expected = steering.reference_nll(model, [text for text, _ in flat], [c.token_ids for _, c in flat])
+    np.testing.assert_allclose([completion.own_nll for _, completion in flat], expected, rtol=1e-4)
+
+    for condition in conditions[1:]:
+        ((completion,),) = steering.generate(model, PROMPTS[1:2], [condition], max_new_tokens=16)
+        losses, row = [], plain.ids(PROMPTS[1])
+        with plain.steered(condition), torch.no_grad():
+            cache = None
+            for place, token in enumerate(completion.token_ids):
+                output = plain.hf(row if cache is None else row[:, -1:], past_key_values=cache, use_cache=True)
+                cache = output.past_key_values
+                if place >= 8:
+                    losses.append(-float(torch.log_softmax(output.logits[0, -1].double(), -1)[token]))
+                row = torch.cat([row, torch.tensor([[token]])], dim=1)
+        assert completion.own_nll == pytest.approx(np.mean(losses) if losses else math.nan, rel=1e-3, nan_ok=True)
+
+
+def test_screen_equals_hooked_logits(model, plain, conditions):
+    openings = [5, 17, 60, 201]
+    expected = torch.empty(len(PROMPTS), len(conditions), dtype=torch.float64)
+    for i, text in enumerate(PROMPTS):
+        for j, condition in enumerate(conditions):
+            p = plain.logits(text, condition).softmax(-1)[openings].sum()
+            expected[i, j] = torch.log(p / (1 - p))
+    for rows in (32, 7):
+        screened = steering.screen(model, PROMPTS, conditions, openings, rows)
+        assert screened.dtype == torch.float32
+        torch.testing.assert_close(screened.double(), expected, rtol=1e-3, atol=1e-3)
+    assert expected.std(dim=1).min() > 0.1
+    with pytest.raises(CompendiumError, match="no refusal openings"):
+        steering.screen(model, PROMPTS, conditions, [])
+
+
+# ---- conditions
+
+
+def test_alpha_counts_mean_differences(directions):
+    condition = steering.add(directions, [1, 3], -1.5)
+    for row, layer in enumerate((1, 3)):
+        expected = -1.5 * directions.raw_norm[layer] * directions.unit[layer]
+        torch.testing.assert_close(condition.vectors[row], expected)
+    assert condition.alpha_absolute == pytest.approx(-9.0)
+    assert condition.alpha_relative == pytest.approx(-0.9)
+    assert (condition.name, condition.layers, condition.alpha) == ("random -1.5", (1, 3), -1.5)
+
+
+def test_key_is_of_what_decides_tokens(directions):
+    conditions = [
+        steering.baseline(),
+        steering.sampled(1),
+        steering.sampled(2),
+        steering.add(directions, 1, 1.0),
+        steering.add(directions, 1, -1.0),
+        steering.add(directions, 2, 1.0),
+        steering.add(directions, 1, 1.0, position="last"),
+        steering.ablate(directions, 1),
+        steering.ablate(directions, 2),
+    ]
+    assert len({condition.key() for condition in conditions}) == len(conditions)
+    again = Condition("other", "add", "x", (1,), 9.0, conditions[3].vectors.clone())
+    assert again.key() == conditions[3].key()
+
+
+@pytest.mark.parametrize("layer", [-1, 4, True, 1.0, "1", None, [], [1, 1], [0, 4], [0, True], [0.5], math.nan])
+@pytest.mark.parametrize("make", [lambda d, layer: steering.add(d, layer, 1.0), steering.ablate], ids=["add", "ablate"])
+def test_a_layer_must_be_one_of_the_model_s(directions, make, layer):
+    one_sentence(lambda: make(directions, layer), "layer")
+
+
+@pytest.mark.parametrize("alpha", [math.nan, math.inf, -math.inf, 100.5, -1e9, "1", None, True, [1.0], 1j])
+def test_alpha_must_be_a_number_in_range(directions, alpha):
+    one_sentence(lambda: steering.add(directions, 1, alpha), f"alpha is {alpha!r}", "100")
+
+
+@pytest.mark.parametrize("position", ["first", "", None, 1])
+def test_position_is_all_or_last(directions, position):
+    one_sentence(lambda: steering.add(directions, 1, 1.0, position=position), f"position is {position!r}", "'last'")
+
+
+def test_vectors_must_have_the_model_s_width(tiny_models):
+    wide = Directions("wide", torch.eye(4, 48), torch.ones(4), torch.ones(4))
+    condition = steering.add(wide, 1, 1.0)
+    for call in (
+        lambda: steering.generate(tiny_models["llama"], ["Hi"], [condition], max_new_tokens=2),
+        lambda: steering.screen(tiny_models["llama"], ["Hi"], [condition], [5]),
+    ):
+        one_sentence(call, "'wide +1'", "(1, 48)", "(1, 32)")
+
+
+def one_sentence(call, *words):
+    with pytest.raises(CompendiumError) as caught:
+        call()
+    text = str(caught.value)
+    assert "\n" not in text and text.endswith(".")
+    for word in words:
+        assert word in text, f"{word!r} is not in: {text}"
