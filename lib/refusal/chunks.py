@@ -1,0 +1,227 @@
+"""Chunks: parts of a measurement, written whole or not at all, and used again while they would come out the same.
+
+A chunk's key holds the weights, the template, the dtype, the prompts, the conditions and the source of the modules that
+decide tokens. Labels are not in it: they are made anew from the stored text.
+"""
+
+import contextlib
+import json
+import resource
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from refusal import activations, conversion, directions, models, prefixes, prompts, steering, weights
+from refusal.files import ROOT, atomic, progress, sha256_file, sha256_text
+from refusal.steering import Condition
+
+DECIDE_TOKENS = (conversion, models, prefixes, directions, steering)
+DECIDE_METRICS = (*DECIDE_TOKENS, activations)
+ROW_BYTES = 12e6  # measured peak a row of the 0.5B with 48 new tokens: keys, values, logits in float32, sampling
+
+
+@dataclass
+class Store:
+    """The chunks of one model, and the model itself once something must be measured.
+
+    Attributes:
+        model: Registry id.
+        facts: What identifies the model: weights_sha256, template_sha256, dtype, layers, width, stop_tokens.
+        costs: Wall time in s and peak memory in GB of every chunk used so far, measured now or before.
+        loaded: The model, where it had to be loaded.
+    """
+
+    model: str
+    facts: dict[str, Any] = field(default_factory=dict)
+    costs: list[dict[str, float]] = field(default_factory=list)
+    loaded: models.Model | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where the chunks lie: one place for all kinds of runs, since the key tells them apart."""
+        return ROOT / "build" / "chunks" / self.model
+
+
+def open_store(model: str) -> Store:
+    """Finds out what identifies the model, which is kept, since the template's hash needs the loaded tokenizer."""
+    store = Store(model)
+    folder = models.fetch(model)
+    about = folder / "provenance.json"
+    source = sha256_file(about) if about.is_file() else weights.identity(folder)
+    stop = models.entry(model).stop  # of the registry, which the weights' provenance does not hold
+    key = sha256_text(json.dumps([source, stop, models.choose_dtype(), _sources((models,))]))[:24]
+    path = store.folder / f"model-{key}.json"
+    with contextlib.suppress(FileNotFoundError, ValueError):  # missing, or damaged
+        store.facts = json.loads(path.read_text())
+    if not store.facts:
+        model_ = load_model(store)
+        store.facts = {
+            "weights_sha256": model_.weights_sha256,
+            "template_sha256": model_.template_sha256,
+            "dtype": model_.dtype,
+            "layers": model_.n_layers,
+            "width": model_.width,
+            "stop_tokens": [model_.tokenizer.convert_ids_to_tokens(i) for i in model_.stop_ids],
+        }
+        with atomic(path) as temporary:
+            temporary.write_text(json.dumps(store.facts))
+    return store
+
+
+def load_model(store: Store) -> models.Model:
+    """The model, loaded at the first need only: a run whose chunks are all there needs none."""
+    if store.loaded is None:
+        store.loaded = models.load(store.model)
+    return store.loaded
+
+
+def _sources(modules: Sequence[ModuleType]) -> list[str]:
+    return [sha256_file(str(module.__file__)) for module in modules]
+
+
+def key(store: Store, modules: Sequence[ModuleType], *parts: object) -> str:
+    """The name of a chunk: a hash of the model, the modules' sources and whatever else decides it (JSON values)."""
+    known = {name: store.facts[name] for name in ("weights_sha256", "template_sha256", "dtype", "stop_tokens")}
+    return sha256_text(json.dumps([store.model, known, _sources(modules), *parts], sort_keys=True))[:32]
+
+
+def rows_that_fit(rows: int, weights_bytes: float, memory: float | None = None) -> int:
+    """The row count, halved until a batch fits half of the memory that the weights leave.
+
+    It follows from the machine's size, not from what happens to be free, so that a resumed run cuts the same chunks.
+
+    Args:
+        rows: What the parameters ask for.
+        weights_bytes: Size of the weights in memory.
+        memory: Bytes; None for this machine's (or its control group's, or its process limit).
+    """
+    memory = memory or _memory()
+    while rows > 1 and rows * ROW_BYTES > 0.5 * max(memory - 1.5 * weights_bytes, 0):
+        rows //= 2
+    return rows
+
+
+def _memory() -> float:
+    limits = [float(psutil.virtual_memory().total)]
+    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        if Path(name).is_file() and (text := Path(name).read_text().strip()).isdigit():
+            limits.append(float(text))
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return min([*limits, *([] if soft == resource.RLIM_INFINITY else [float(soft)])])
+
+
+def completions(
+    store: Store, frame: pd.DataFrame, conditions: Sequence[Condition], *, max_new_tokens: int, rows: int, title: str
+) -> pd.DataFrame:
+    """Completions with scores, chunk by chunk; unlabelled and unredacted, they stay in build/.
+
+    A chunk is a group of consecutive prompts under all conditions, `rows` rows in all, and one batch of the model.
+
+    Returns:
+        `prompt_id, condition, token_ids, n_tokens, stop_reason, text, reference_nll`.
+    """
+    parts, tokens, began = [], 0, time.monotonic()
+    with progress(len(frame) * len(conditions), title, "row") as bar:
+        for group in (conditions[i : i + rows] for i in range(0, len(conditions), rows)):
+            size = max(1, rows // len(group))
+            for first in range(0, len(frame), size):
+                chunk = frame.iloc[first : first + size]
+                named = [(condition.name, condition.key()) for condition in group]
+                name = key(store, DECIDE_TOKENS, prompts.digest(chunk), named, max_new_tokens, rows)
+                path = store.folder / f"{name}.parquet"
+                measured = read(store, path)
+                if measured is None:
+                    measured = _generate(store, chunk, group, max_new_tokens, path)
+                    tokens += int(measured["n_tokens"].sum())
+                    bar.set_postfix_str(f"{tokens / (time.monotonic() - began):.0f} tokens/s")
+                parts.append(measured)
+                bar.update(len(measured))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _generate(
+    store: Store, chunk: pd.DataFrame, conditions: Sequence[Condition], max_new_tokens: int, path: Path
+) -> pd.DataFrame:
+    model, began = load_model(store), time.monotonic()
+    texts = chunk["text"].tolist()
+    made = steering.generate(model, texts, conditions, max_new_tokens=max_new_tokens)
+    measured = pd.DataFrame(
+        {
+            "prompt_id": prompt_id,
+            "condition": condition.name,
+            "token_ids": list(completion.token_ids),
+            "n_tokens": len(completion.token_ids),
+            "stop_reason": completion.stop_reason,
+            "text": completion.text,
+        }
+        for prompt_id, row in zip(chunk["prompt_id"], made, strict=True)
+        for condition, completion in zip(conditions, row, strict=True)
+    )
+    # Without an intervention, the model that generated is the reference; only the others are scored in a second pass.
+    measured["reference_nll"] = [completion.own_nll for row in made for completion in row]
+    steered = np.tile([condition.operation != "none" for condition in conditions], len(texts))
+    if steered.any():
+        repeated = np.repeat(texts, len(conditions))[steered].tolist()
+        ids = measured["token_ids"][steered].tolist()
+        measured.loc[steered, "reference_nll"] = steering.reference_nll(model, repeated, ids)
+    write(store, measured, path, began)
+    return measured
+
+
+def write(store: Store, frame: pd.DataFrame, path: Path, began: float) -> None:
+    """Writes a chunk with what it cost since `began` (of `time.monotonic`)."""
+    cost = {"wall_s": time.monotonic() - began, "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    table = pa.Table.from_pandas(frame, preserve_index=False)
+    with atomic(path) as temporary:
+        sealed = table.replace_schema_metadata({b"cost": json.dumps(cost).encode()})
+        pq.write_table(sealed, temporary, write_page_checksum=True)
+    store.costs.append(cost)
+
+
+def read(store: Store, path: Path) -> pd.DataFrame | None:
+    """A finished chunk; None where it is missing, or damaged and so to be measured again."""
+    if not path.is_file():
+        return None
+    try:
+        table = pq.read_table(path, page_checksum_verification=True)
+        store.costs.append(json.loads((table.schema.metadata or {})[b"cost"]))
+    except (pa.ArrowException, OSError, KeyError, ValueError):
+        path.unlink(missing_ok=True)
+        return None
+    return table.to_pandas()
+
+
+def last_tokens(store: Store, frame: pd.DataFrame) -> torch.Tensor:
+    """Last-token activations `[prompts, layers, width]` of prompts, kept as one chunk."""
+    path = (
+        store.folder / f"{key(store, (conversion, models, prefixes, activations), prompts.digest(frame))}.safetensors"
+    )
+    with contextlib.suppress(FileNotFoundError, SafetensorError, KeyError):  # missing, or damaged
+        return load_file(path)["activations"]
+    measured = activations.last_token(load_model(store), frame["text"].tolist())
+    with atomic(path) as temporary:
+        save_file({"activations": measured}, temporary)
+    return measured
+
+
+def metrics(store: Store, name: str, measure: Callable[[], pd.DataFrame], inputs: Sequence[object]) -> pd.DataFrame:
+    """Metric rows, kept as one chunk; `inputs` (JSON values) is what decides them besides model and code."""
+    path = store.folder / f"{key(store, DECIDE_METRICS, name, list(inputs))}.metrics.parquet"
+    measured = read(store, path)
+    if measured is None:
+        began = time.monotonic()
+        measured = measure()
+        write(store, measured, path, began)
+    return measured
