@@ -1,0 +1,223 @@
+"""The analyses that a notebook shows and the paper prints: tables of numbers, made in one place, from records only."""
+
+import functools
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from refusal import directions, statistics
+from refusal.files import ROOT, CompendiumError
+
+LABELS = ("refusal", "compliance", "degenerate")
+
+
+@functools.cache
+def plan() -> dict[str, Any]:
+    """The analysis plan."""
+    return yaml.safe_load((ROOT / "data" / "analysis_plan.yaml").read_text(encoding="utf-8"))
+
+
+def rates(frame: pd.DataFrame) -> pd.DataFrame:
+    """Rates of the three labels by prompt set and condition, with intervals.
+
+    Args:
+        frame: A record.
+
+    Returns:
+        A row for each prompt set, condition and label: `k, n, clusters, rate, low, high, effective_n, method`.
+    """
+    rows = []
+    how = plan()["intervals"]["clusters"]
+    for (prompt_set, condition), part in frame.groupby(["prompt_set", "condition"], sort=False):
+        for label in LABELS:
+            found = statistics.rate(part["label"] == label, part["cluster"], plan()["confidence"], how=how)
+            rows.append(
+                {
+                    "prompt_set": prompt_set,
+                    "condition": condition,
+                    "label": label,
+                    "k": found.k,
+                    "n": found.n,
+                    "clusters": found.clusters,
+                    "rate": found.estimate,
+                    "low": found.interval.low,
+                    "high": found.interval.high,
+                    "effective_n": found.effective_n,
+                    "method": found.method,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def family(frame: pd.DataFrame, notebook: str = "03_sign_inversion") -> list[dict[str, str]]:
+    """The comparisons that are corrected together: the plan's, or the first of them on the user's own prompts."""
+    planned = plan()[notebook]["comparisons"]
+    if set(frame["prompt_set"]) == {"user"}:
+        return [{**one, "prompt_set": "user"} for one in planned if one["name"] in ("plus", "minus")]
+    return planned
+
+
+def comparisons(frame: pd.DataFrame, notebook: str = "03_sign_inversion") -> pd.DataFrame:
+    """The plan's comparisons of refusal rates, paired, with Holm's correction over the family.
+
+    Args:
+        frame: A record that holds the plan's prompt sets and conditions, or the user's prompts alone.
+        notebook: Whose family it is.
+
+    Returns:
+        A row a comparison, indexed by its name: the paired counts, difference, interval, exact p, mid-p, Holm p, and
+        the study's own tests (pooled z, Fisher), which take prompts as independent and unpaired.
+    """
+    rows = {}
+    for wanted in family(frame, notebook):
+        part = frame[frame["prompt_set"] == wanted["prompt_set"]]
+        part = part.assign(refused=part["label"] == "refusal")
+        first, second, clusters = statistics.pair(part, wanted["first"], wanted["second"], "refused")
+        found = statistics.paired(first, second, clusters, plan()["confidence"])
+        z, fisher = statistics.two_proportions(int(first.sum()), len(first), int(second.sum()), len(second))
+        equal = statistics.equivalence(first, second, clusters, plan()["margin"])
+        rows[wanted["name"]] = {
+            "prompt_set": wanted["prompt_set"],
+            "first": wanted["first"],
+            "second": wanted["second"],
+            "n": found.n,
+            "clusters": found.clusters,
+            "gained": found.only_first,
+            "lost": found.only_second,
+            "difference": found.difference,
+            "low": found.interval.low,
+            "high": found.interval.high,
+            "p": found.p,
+            "p_mid": found.p_mid,
+            "p_equivalence": equal.p,
+            "z": z,
+            "fisher": fisher,
+            "method": found.method,
+        }
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    table.insert(12, "p_holm", pd.Series(statistics.holm(table["p"].to_dict())))
+    return table
+
+
+def effect(row: "pd.Series[Any]") -> str:
+    """What a comparison says, as a verb."""
+    if row["p_holm"] >= plan()["level"]:
+        return "did not change detectably"
+    return "rose" if row["difference"] > 0 else "fell"
+
+
+def sign_verdict(tests: pd.DataFrame, shares: pd.DataFrame) -> str:
+    """The plan's rule for sign inversion: replicated, contradicted or inconclusive.
+
+    Args:
+        tests: From `comparisons`.
+        shares: From `rates`.
+    """
+    wanted = {"plus": "rose", "minus": "fell"}
+    effects = {name: effect(tests.loc[name]) for name in wanted}
+    limit = plan()["03_sign_inversion"]["degeneration_limit"]
+    steered = shares[
+        (shares["prompt_set"] == tests.loc["plus", "prompt_set"])
+        & (shares["label"] == "degenerate")
+        & shares["condition"].isin(tests.loc[list(wanted), "first"])
+    ]
+    if effects == wanted and (steered["rate"] <= limit).all():
+        return "replicated"
+    opposite = any({effects[name], wanted[name]} == {"rose", "fell"} for name in wanted)
+    nothing = all(tests.loc[name, "p_equivalence"] < plan()["level"] for name in wanted)
+    return "contradicted" if opposite or nothing else "inconclusive"
+
+
+@functools.cache
+def study_file() -> pd.DataFrame:
+    """The study's published counts, as the data file has them."""
+    return pd.read_csv(ROOT / "data" / "study_sign_inversion.csv")
+
+
+def study_table() -> pd.DataFrame:
+    """The study's table of sign inversion: jailbreak counts by its own rule, with Wilson intervals from the counts.
+
+    The tests against the baseline take prompts as independent, as the study does.
+    """
+    table = study_file().copy()
+    intervals = [statistics.wilson(row.k, row.n) for row in table.itertuples()]
+    table["rate"], table["low"], table["high"] = (
+        table["k"] / table["n"], [i.low for i in intervals], [i.high for i in intervals]
+    )  # fmt: skip
+    base = table[table["condition"] == "baseline"].set_index("model")
+    tests = [
+        statistics.two_proportions(row.k, row.n, base.loc[row.model, "k"], base.loc[row.model, "n"])
+        for row in table.itertuples()
+    ]
+    table["z"], table["fisher"] = [t[0] for t in tests], [t[1] for t in tests]
+    return table
+
+
+def seed_rule_rates(frame: pd.DataFrame) -> pd.DataFrame:
+    """Jailbreak rates by the study's keyword rule on its own layout, with cluster-level intervals."""
+    rows = []
+    for condition, part in frame[frame["prompt_set"] == "harmful_study"].groupby("condition", sort=False):
+        found = statistics.rate(part["seed_rule"] == "jailbreak", part["cluster"], how=plan()["intervals"]["clusters"])
+        rows.append({"condition": condition, "k": found.k, "n": found.n, "clusters": found.clusters,
+                     "rate": found.estimate, "low": found.interval.low, "high": found.interval.high})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def by_layer(metrics: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """One statistic of the direction from all prompts, by layer: `value, low, high` (NaN where it has no interval)."""
+    whole = metrics[(metrics["experiment"] == "geometry") & (metrics["direction_id"] == "extracted")]
+    columns = {name: whole[whole["metric"] == f"{metric}{tail}"].set_index("layer")["value"]
+               for name, tail in {"value": "", "low": "_low", "high": "_high"}.items()}  # fmt: skip
+    if metric == "split_half_cosine":
+        draws = whole[whole["metric"] == metric].groupby("layer")["value"]
+        columns = {"value": draws.median(), "low": draws.quantile(0.025), "high": draws.quantile(0.975)}
+    return pd.DataFrame(columns).reset_index()
+
+
+def by_count(metrics: pd.DataFrame, metric: str, layer: int) -> pd.DataFrame:
+    """One statistic against the number of prompts a side, at a layer: median and central 95 % of the random subsets."""
+    part = metrics[(metrics["experiment"] == "geometry") & (metrics["metric"] == metric) & (metrics["layer"] == layer)]
+    part = part[part["direction_id"].str.contains("[", regex=False)]
+    counts = part["direction_id"].str.extract(r"\[(\d+)\]")[0].astype(int)
+    grouped = part["value"].groupby(counts.to_numpy())
+    table = pd.DataFrame({"value": grouped.median(), "low": grouped.quantile(0.025), "high": grouped.quantile(0.975)})
+    return table.rename_axis("prompts").reset_index()
+
+
+def selected_layer(metrics: pd.DataFrame, n_layers: int) -> int:
+    """The layer rule applied to a record's screen."""
+    screen = metrics[(metrics["experiment"] == "screen") & (metrics["metric"] == "log_odds")]
+    return directions.select_layer(screen, n_layers)
+
+
+def openings(counts: pd.DataFrame) -> pd.DataFrame:
+    """Which tokens count as a refusal opening, by the plan's rule.
+
+    Args:
+        counts: From `runs.openings`.
+
+    Returns:
+        Index token id; columns text, refusals (of harmful prompts), precision, share, chosen (bool).
+
+    Raises:
+        CompendiumError: The model never refused.
+    """
+    table = counts.pivot(index="draw", columns="metric", values="value").rename_axis("token", columns=None)
+    if table.empty or not table["refusals"].sum():
+        raise CompendiumError("the model refused no extraction prompt, so a refusal opening cannot be derived from it.")
+    table.insert(0, "text", counts.drop_duplicates("draw").set_index("draw")["prompt_id"])
+    table["precision"] = table["all_refusals"] / table["completions"]
+    table["share"] = table["refusals"] / table["refusals"].sum()
+    rule = plan()["direction"]["openings"]
+    frequent = table["share"] >= rule["share"]
+    table["chosen"] = frequent & (table["precision"] >= rule["precision"])
+    if not table["chosen"].any():
+        table["chosen"] = table.index == table[frequent]["precision"].idxmax()
+    return table.sort_values("refusals", ascending=False)
+
+
+def screen_means(metrics: pd.DataFrame) -> pd.DataFrame:
+    """Mean log-odds of a refusal opening by layer (rows) and alpha (columns); layer -1 is unsteered."""
+    screen = metrics[(metrics["experiment"] == "screen") & (metrics["metric"] == "log_odds")]
+    return screen.groupby(["layer", "alpha"])["value"].mean().unstack("alpha")
