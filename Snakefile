@@ -1,0 +1,102 @@
+# The job graph: weights -> notebooks x models -> numbers -> paper. `./run_all.sh` (refusal.run) writes its configuration;
+# without one it makes everything in full. Declared outputs lie in build/ only, so that a fresh clone runs everything and
+# a second run does nothing. `exec` makes Snakemake the parent of each worker, which ends when its parent does.
+import json
+import sys
+
+OUT = config.get("out", "build")
+MEASURE = config.get("mode", "measure") == "measure"  # else replay: from the committed records
+MODELS = config.get("models", ["qwen2.5-coder-0.5b"])
+NOTEBOOKS = sorted(glob_wildcards("notebooks/{nb,[0-9][0-9]_[a-z0-9_]+}.ipynb").nb)
+TARGETS = config.get("notebooks") or NOTEBOOKS
+FIRST = "01_extraction"  # makes the directions that the others use
+PYTHON = sys.executable
+
+DATA = OUT if MEASURE else "data"
+RECORDS = [DATA + "/records/{model}/{nb}.parquet", DATA + "/records/{model}/{nb}.metrics.parquet"]
+DIRECTIONS = DATA + "/directions/{model}.safetensors"
+MADE = expand(OUT + "/notebooks/{model}/{nb}.ipynb", model=MODELS, nb=TARGETS)
+# A change in these executes the notebooks again; what they measure is kept in chunks, and redone only where the change
+# is in what decides tokens.
+RUNNERS = ("environment", "notebooks", "options", "parameters", "paper", "run", "tex")
+LIBRARY = [f"lib/refusal/{name}.py" for name in sorted(glob_wildcards("lib/refusal/{name}.py").name) if name not in RUNNERS]
+TABLES = [f"data/{name}" for name in sorted(glob_wildcards("data/{name,(prompts/)?[a-z_]+[.](csv|yaml)}").name)]
+SHARED = LIBRARY + TABLES
+
+
+def parameters(nb):
+    fixed = {"mode": "measure" if MEASURE else "replay", "out": OUT}
+    own = config.get("parameters", {}).get(nb, {})
+    return lambda wildcards: json.dumps({"model": wildcards.model, **fixed, **own}, sort_keys=True)
+
+
+wildcard_constraints:
+    model="[a-z0-9][a-z0-9.-]*",
+
+
+localrules: all, numbers, paper
+
+
+rule all:
+    input:
+        MADE,
+        OUT + "/paper/generated/numbers.tex" if config.get("paper", True) else [],
+        OUT + "/paper.pdf" if config.get("paper", True) and config.get("tex", True) else [],
+
+
+rule weights:
+    input: "data/models.yaml"
+    output: OUT + "/models/{model}.json"
+    log: OUT + "/logs/{model}/weights.log"
+    benchmark: OUT + "/logs/{model}/weights.tsv"
+    message: "weights of {wildcards.model}"
+    shell: "exec {PYTHON} -m refusal.models fetch {wildcards.model} --stamp {output} > {log} 2>&1"
+
+
+for nb in NOTEBOOKS:
+    OWN = expand(RECORDS, nb=nb, allow_missing=True) + ([DIRECTIONS] if nb == FIRST else [])
+
+    rule:
+        name: nb
+        input:
+            SHARED,
+            config.get("inputs", []),
+            OUT + "/models/{model}.json" if MEASURE else OWN,
+            [] if nb == FIRST else expand(RECORDS, nb=FIRST, allow_missing=True) + [DIRECTIONS],
+            notebook=f"notebooks/{nb}.ipynb",
+        output:
+            OWN if MEASURE else [],
+            touch(OUT + "/figures/{model}/." + nb),
+            notebook=OUT + "/notebooks/{model}/" + nb + ".ipynb",
+        log: OUT + "/logs/{model}/" + nb + ".log"
+        benchmark: OUT + "/logs/{model}/" + nb + ".tsv"
+        params:
+            yaml=parameters(nb),
+        threads: config.get("cores", 2)
+        resources:
+            measure=1,
+            mem_mb=8000,
+        message: nb + " on {wildcards.model}"
+        shell: "exec {PYTHON} -m refusal.notebooks run {input.notebook} --out {output.notebook} -y {params.yaml:q} > {log} 2>&1"
+
+
+rule numbers:
+    input: MADE, SHARED, "lib/refusal/paper.py", "lib/refusal/tex.py", "paper/main.tex", expand(RECORDS, model=MODELS, nb=TARGETS)
+    output: OUT + "/paper/generated/numbers.tex"
+    log: OUT + "/logs/numbers.log"
+    benchmark: OUT + "/logs/numbers.tsv"
+    params:
+        models=" ".join(f"--model {model}" for model in MODELS),
+    message: "numbers, tables and figures of the paper"
+    shell:
+        "exec {PYTHON} -m refusal.paper numbers --records {DATA}/records --figures {OUT}/figures --out {OUT} {params.models}"
+        " > {log} 2>&1"
+
+
+rule paper:
+    input: OUT + "/paper/generated/numbers.tex", "paper/main.tex", "paper/references.bib"
+    output: OUT + "/paper.pdf"
+    log: OUT + "/logs/paper.log"
+    benchmark: OUT + "/logs/paper.tsv"
+    message: "paper.pdf"
+    shell: "exec {PYTHON} -m refusal.paper pdf --records {DATA}/records --out {OUT} > {log} 2>&1"

@@ -1,0 +1,131 @@
+"""The options of ./run_all.sh. Needs Python alone, so that a wrong one is found before the environment is made."""
+
+import argparse
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+ROOT = Path(__file__).resolve().parents[2]
+DEFAULT_MODEL = "qwen2.5-coder-0.5b"
+EPILOG = """\
+commands:
+  ./run_all.sh [options]  run: weights, notebooks, records, figures and the paper, into build/
+  ./run_all.sh test       the tests, with the same set-up
+
+The environment lies in .venv; REFUSAL_ENV=active uses the active one (conda) instead. Weights lie in REFUSAL_CACHE,
+or else in ~/.cache/crystallized-safety. A run that was stopped goes on with the same command.
+"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What one run is to do.
+
+    Attributes:
+        models: Model ids, in the order of the registry.
+        only: Notebook names; empty for all.
+        prompts: The user's own prompts, as an absolute path.
+        kind: "full", "quick", "user" or "replay".
+        cores: How many processor cores may be used; 0 for all.
+        profile: A Snakemake profile, "" for none.
+    """
+
+    models: tuple[str, ...]
+    only: tuple[str, ...]
+    prompts: str
+    kind: str
+    cores: int
+    profile: str
+    dry_run: bool
+    fresh: bool
+    publish: bool
+
+    @property
+    def paper(self) -> bool:
+        """Whether the paper is built: from all notebooks in full, never from small or private measurements."""
+        return self.kind in ("full", "replay") and not self.only
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message.rstrip('.')}; ./run_all.sh --help lists the options.\n")
+
+
+def _models() -> dict[str, str]:
+    """The ids in data/models.yaml with their source. `refusal.registry` reads the file in earnest, with PyYAML."""
+    text = (ROOT / "data" / "models.yaml").read_text(encoding="utf-8")
+    return dict(re.findall(r"^([\w.-]+):[^\n]*\n(?:[ #][^\n]*\n)*?  source: (\w+)", text, re.MULTILINE))
+
+
+def notebooks() -> list[str]:
+    """The names of the compendium's notebooks, in order."""
+    return sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+
+
+def parse(arguments: Sequence[str]) -> Options:
+    """The options, checked against the registry, the notebooks and each other; a wrong one exits with a sentence."""
+    parser = _Parser(
+        prog="./run_all.sh",
+        description="One command from real weights to a paper.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--model", action="append", default=[], metavar="ID", help="a model of data/models.yaml, or all; repeatable")
+    add("--only", action="append", default=[], metavar="03", help="this notebook, and those it needs; repeatable")
+    add("--quick", action="store_true", help="few prompts, for a first look in two minutes; into build/quick")
+    add("--replay", action="store_true", help="figures and paper from the committed records: no model, no network")
+    add("--prompts", metavar="FILE", help="evaluate on your own prompts; into build/user, and printed")
+    add("--dry-run", action="store_true", help="print what would be done, and do nothing")
+    add("--cores", type=int, metavar="N", help="processor cores to use (default: all)")
+    add("--profile", default="", metavar="NAME", help="a Snakemake profile, e.g. for a cluster")
+    add("--fresh", action="store_true", help="discard what this kind of run has made, chunks too, and begin again")
+    add("--publish", action="store_true", help="afterwards make the results the committed ones")
+    given = parser.parse_args(list(arguments))
+
+    registry = _models()
+    for model in given.model:
+        if model != "all" and model not in registry:
+            parser.error(f'there is no model "{model}": the known ones are {", ".join(registry)}')
+    chosen = {name for name, source in registry.items() if "all" in given.model and source == "wheels"}
+    chosen |= set(given.model) - {"all"} or ({DEFAULT_MODEL} if not chosen else set())
+    known, only = notebooks(), []
+    for name in given.only:
+        matches = [notebook for notebook in known if name in (notebook, notebook.split("_")[0])]
+        if not matches:
+            parser.error(f'there is no notebook "{name}": the known ones are {", ".join(known) or "none yet"}')
+        only += matches
+    if given.cores is not None and given.cores < 1:
+        parser.error(f"--cores {given.cores} is no number of cores: give 1 or more")
+    kinds = {"--quick": given.quick, "--replay": given.replay, "--prompts": given.prompts is not None}
+    chosen_kinds = [option for option, on in kinds.items() if on]
+    if len(chosen_kinds) > 1:
+        parser.error(f"{' and '.join(chosen_kinds)} exclude each other: give one of them")
+    if given.publish and (chosen_kinds or only or given.dry_run):
+        other = [*chosen_kinds, *(["--only"] if only else []), *(["--dry-run"] if given.dry_run else [])]
+        parser.error(f"--publish takes the results of a full run, so it excludes {' and '.join(other)}: leave one out")
+    if given.prompts is not None and not Path(given.prompts).is_file():
+        parser.error(f'there is no file "{given.prompts}" with prompts: check the path')
+    return Options(
+        models=tuple(name for name in registry if name in chosen),
+        only=tuple(dict.fromkeys(only)),
+        prompts=str(Path(given.prompts).resolve()) if given.prompts is not None else "",
+        kind={"--quick": "quick", "--replay": "replay", "--prompts": "user"}[chosen_kinds[0]]
+        if chosen_kinds
+        else "full",
+        cores=given.cores or 0,
+        profile=given.profile,
+        dry_run=given.dry_run,
+        fresh=given.fresh,
+        publish=given.publish,
+    )
+
+
+if __name__ == "__main__":
+    import sys
+
+    options = parse(sys.argv[1:])
+    print("paper" if options.paper else "", "dry-run" if options.dry_run else "")

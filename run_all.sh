@@ -1,0 +1,148 @@
+#!/usr/bin/env bash
+# The one entry of the compendium: makes the environment where it is missing, then runs the job graph or the tests.
+# `./run_all.sh --help` lists the options. Options are read in lib/refusal/options.py, the run is lib/refusal/run.py.
+set -euo pipefail
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
+unset PYTHONPATH PYTHONHOME # they would let other versions of the pinned packages in
+export PYTHONNOUSERSITE=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
+
+TEX_PACKAGES="latexmk texlive-latex-recommended lmodern"
+TEX_STYLES="lmodern microtype booktabs natbib hyperref"
+LOG=build/logs/environment.log
+
+say() { printf '%s\n' "$*" >&2; }
+fail() {
+    say "error: $*"
+    exit 2
+}
+
+# Whether packages of the distribution may be installed here, and how.
+as_root() {
+    if [ "$(id -u)" = 0 ]; then "$@"; else sudo -n "$@"; fi
+}
+may_install() {
+    command -v apt-get >/dev/null && { [ "$(id -u)" = 0 ] || sudo -n true 2>/dev/null; }
+}
+install_packages() {
+    mkdir -p build/logs
+    {
+        as_root apt-get update -q &&
+            as_root env DEBIAN_FRONTEND=noninteractive apt-get install -yq --no-install-recommends "$@"
+    } </dev/null >>"$LOG" 2>&1 9>&-
+}
+
+# The first Python from 3.11 on, those that can make an environment first.
+find_python() {
+    local wanted candidate
+    for wanted in "import ensurepip, venv" ""; do
+        for candidate in ${PYTHON:-} python3 python3.11 python3.12 python3.13 python3.14; do
+            if "$candidate" -c "import sys; assert sys.version_info >= (3, 11); $wanted" 2>/dev/null; then
+                echo "$candidate"
+                return
+            fi
+        done
+    done
+    return 1
+}
+
+# Makes .venv from the lock. The stamp is written last, so an environment that was cut short is made anew; it holds what
+# the environment was made from, and where, because a virtual environment cannot be moved.
+environment() {
+    if [ "${REFUSAL_ENV:-}" = active ]; then
+        PY=$(command -v python) || fail "REFUSAL_ENV=active needs an active environment: conda activate refusal."
+        "$PY" -c "import importlib.util as u, sys; sys.exit(not (u.find_spec('refusal') and u.find_spec('snakemake')))" ||
+            fail "the active environment lacks the compendium's packages: make it from environment.yml."
+        return
+    fi
+    PY=$PWD/.venv/bin/python
+    local wanted
+    wanted=$({ cat requirements.lock pyproject.toml && pwd && "$BASE" -V; } | sha256sum)
+    if [ -x "$PY" ] && [ "$(cat .venv/stamp 2>/dev/null)" = "$wanted" ]; then return; fi
+    mkdir -p build/logs
+    : >"$LOG"
+    if ! "$BASE" -c "import ensurepip, venv" 2>/dev/null; then # Debian packs this part of Python on its own
+        local version
+        version=$("$BASE" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')
+        may_install || fail "$BASE cannot make an environment: apt-get install $version, then run the same command again."
+        say "installing $version from the distribution"
+        install_packages "$version" || fail "$version could not be installed: see $LOG."
+    fi
+    say "making the environment in .venv (once; some minutes, about 1.5 GB)"
+    rm -rf .venv
+    local start=$SECONDS
+    logged "$BASE" -m venv .venv
+    logged "$PY" -m pip install "$(grep -o 'torch==[0-9.]*' pyproject.toml)"
+    logged "$PY" -m pip install --no-deps --require-hashes -r requirements.lock
+    logged "$PY" -m pip install --no-deps --no-build-isolation -e .
+    logged "$PY" -m pip check
+    printf '%s\n' "$wanted" >.venv/stamp
+    say "environment made in $((SECONDS - start)) s"
+}
+logged() {
+    "$@" </dev/null >>"$LOG" 2>&1 9>&- && return
+    local why
+    why=$(grep -iE '^(error|.*(No space left|Permission denied|not match))' "$LOG" | tail -n 1)
+    fail "the environment could not be made (${why:-see the log}): its log is $LOG; the same command tries again."
+}
+
+tex() {
+    local style missing=""
+    if command -v latexmk >/dev/null && command -v pdflatex >/dev/null && command -v kpsewhich >/dev/null; then
+        for style in $TEX_STYLES; do kpsewhich "$style.sty" >/dev/null || missing=1; done
+        [ -n "$missing" ] || return 0
+    fi
+    if may_install; then
+        say "installing TeX from the distribution ($TEX_PACKAGES)"
+        # shellcheck disable=SC2086
+        install_packages $TEX_PACKAGES && return
+        say "TeX could not be installed (see $LOG): everything but the PDF is made."
+    else
+        say "TeX is missing: everything but the PDF is made; for it, apt-get install $TEX_PACKAGES."
+    fi
+}
+
+tests() {
+    local failed=""
+    "$PY" -m refusal.models fetch qwen2.5-coder-0.5b || failed+=" weights"
+    "$PY" -m ruff check . || failed+=" ruff-check"
+    "$PY" -m ruff format --check . || failed+=" ruff-format"
+    "$PY" -m mypy || failed+=" mypy"
+    # nbval executes the committed notebooks, in replay mode, and compares what they print with what is stored in them
+    PYDEVD_DISABLE_FILE_VALIDATION=1 TQDM_DISABLE=1 HF_HUB_OFFLINE=1 PYTHONHASHSEED=0 JUPYTER_PREFER_ENV_PATH=1 \
+        "$PY" -m pytest --nbval --nbval-current-env tests notebooks || failed+=" pytest"
+    [ -z "$failed" ] || fail "failed:$failed."
+}
+
+BASE=$(find_python) || fail "Python 3.11 or later is needed: install it, or name one with PYTHON=/path/to/python3."
+if [ "${1:-}" = test ]; then
+    [ $# = 1 ] || fail "test takes no options."
+    builds_paper=paper dry_run=""
+else
+    case " $* " in *" --help "* | *" -h "*) exec "$BASE" lib/refusal/options.py --help ;; esac
+    plan=$("$BASE" lib/refusal/options.py "$@") # ends here with a sentence where an option is wrong
+    case $plan in *paper*) builds_paper=paper ;; *) builds_paper="" ;; esac
+    case $plan in *dry-run*) dry_run=1 ;; *) dry_run="" ;; esac
+fi
+if [ -n "$dry_run" ]; then
+    if [ ! -e .venv/stamp ] && [ "${REFUSAL_ENV:-}" != active ]; then
+        echo "would do  environment in .venv, then weights, notebooks and paper (its steps can be listed once it is made)"
+        exit 0
+    fi
+    [ "${REFUSAL_ENV:-}" = active ] && PY=$(command -v python) || PY=$PWD/.venv/bin/python
+    exec "$PY" -m refusal.run "$@"
+fi
+
+# One run at a time in a folder. The lock ends with this process, and is not handed to those that it starts.
+mkdir -p build/logs 2>/dev/null || fail "no permission to write $PWD/build: change its owner or mode."
+if command -v flock >/dev/null; then
+    exec 9>build/.lock
+    flock -n 9 || fail "another run is under way in $PWD: wait for its end, or stop it."
+fi
+environment
+[ -z "$builds_paper" ] || tex
+if [ "${1:-}" = test ]; then
+    exec 9>&- # the tests start runs of their own
+    tests
+else
+    exec "$PY" -m refusal.run "$@"
+fi

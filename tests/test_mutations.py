@@ -1,0 +1,274 @@
+"""Each mistake of this table, made in a copy of the library, turns a test red: so the tests can see it."""
+
+import concurrent.futures
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+
+from refusal import prompts
+from refusal.files import ROOT
+
+pytestmark = pytest.mark.slow
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """`old`, which stands in `file` exactly once, becomes `new`; one of `tests` must then fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+def line(file, start):
+    """The one line of a file that begins so, with its line break."""
+    (found,) = (text for text in (ROOT / file).read_text(encoding="utf-8").splitlines(True) if text.startswith(start))
+    return found
+
+
+def unquoted(prompt_set):
+    """The first prompt that a CSV file writes without quotes."""
+    return next(text for text in prompts.load(prompt_set)["text"] if "," not in text and '"' not in text)
+
+
+STEERING, HOOKS = "lib/refusal/steering.py", "test_steering.py::test_nnsight_equals_plain_hooks[llama]"
+EVERY = "test_steering.py::test_every_token_but_padding_is_steered[llama-{}]"
+ENDING = "test_steering.py::test_rows_that_end_leave_the_others_as_they_are[llama]"
+HIDDEN = "test_activations.py::test_activations_equal_hidden_states[llama]"
+MUTATIONS = [
+    Mutation(
+        "sign flipped",
+        "lib/refusal/directions.py",
+        "harmful.double().mean(0) - harmless.double().mean(0)",
+        "harmless.double().mean(0) - harmful.double().mean(0)",
+        ("test_directions.py::test_extraction_by_hand", "test_planted.py::test_sign"),
+    ),
+    Mutation(
+        "layer shifted by one when steering",
+        STEERING,
+        "else blocks(model)[layer]",
+        "else blocks(model)[layer + 1]",
+        (EVERY.format("True"), "test_steering.py::test_adding_equals_a_bias_of_the_module_before[llama-layers0]"),
+    ),
+    Mutation(
+        "layer shifted by one when capturing",
+        "lib/refusal/activations.py",
+        "for block in blocks(model)]",
+        "for block in [model.lm.model.embed_tokens, *blocks(model)[:-1]]]",
+        (HIDDEN,),
+    ),
+    Mutation(
+        "chat template dropped",
+        "lib/refusal/models.py",
+        "    if template:\n",
+        "    if False:\n",
+        ("test_activations.py::test_the_chat_template_is_applied[llama]", HIDDEN),
+    ),
+    Mutation(
+        "only the prefill steered",
+        STEERING,
+        "mask = mask.new_ones(len(hidden), hidden.shape[1])",
+        "mask = mask.new_zeros(len(hidden), hidden.shape[1])",
+        (HOOKS, "test_planted.py::test_every_generated_token_is_decided_anew"),
+    ),
+    Mutation(
+        "padding steered",
+        STEERING,
+        "mask = attention_mask.bool().clone()",
+        "mask = torch.ones_like(attention_mask).bool()",
+        (EVERY.format("True"), EVERY.format("False")),
+    ),
+    Mutation(
+        "shared beginning not steered",
+        STEERING,
+        "_edits(different, ",
+        "_edits([baseline() for _ in different], ",
+        (EVERY.format("True"),),
+    ),
+    Mutation(
+        "whole prompt steered where only its last token should be",
+        STEERING,
+        "mask[row, : -1 if last_column else None] = False",
+        "pass",
+        (HOOKS,),
+    ),
+    Mutation(
+        "last token of the padded side taken",
+        "lib/refusal/activations.py",
+        "block.output[:, -1].clone()",
+        "block.output[:, 0].clone()",
+        ("test_activations.py::test_the_last_token_is_that_of_the_generation_prompt[llama]",),
+    ),
+    Mutation(
+        "alpha without raw_norm",
+        STEERING,
+        "alpha * directions.raw_norm[index, None] * directions.unit[index]",
+        "alpha * directions.unit[index]",
+        (
+            "test_steering.py::test_alpha_counts_mean_differences",
+            "test_planted.py::test_the_planted_threshold_is_found",
+        ),
+    ),
+    Mutation(
+        "half of the direction ablated",
+        STEERING,
+        ".sum(-1, keepdim=True) * unit",
+        ".sum(-1, keepdim=True) * unit / 2",
+        ("test_steering.py::test_ablating_equals_orthogonalised_weights[llama]", HOOKS),
+    ),
+    Mutation(
+        "samples that depend on the seed alone",
+        STEERING,
+        'sha256_text(f"{row.seed}|{text}")',
+        'sha256_text(f"{row.seed}")',
+        ("test_planted.py::test_prompts_are_sampled_independently",),
+    ),
+    Mutation(
+        "the same random number at every step",
+        STEERING,
+        "uniforms[running, step]",
+        "uniforms[running, 0]",
+        ("test_steering.py::test_sampled_frequencies_follow_softmax[llama]",),
+    ),
+    Mutation(
+        "rows steered by their neighbours' vectors once some have ended",
+        STEERING,
+        "{k: v[rows] for k, v",
+        "{k: v[: len(rows)] for k, v",
+        (ENDING,),
+    ),
+    Mutation(
+        "rows sampled by their neighbours' numbers once some have ended",
+        STEERING,
+        "uniforms[running, step]",
+        "uniforms[: len(running), step]",
+        (ENDING,),
+    ),
+    Mutation(
+        "reference NLL of the first 8 tokens too",
+        STEERING,
+        "NLL_SKIP = 8",
+        "NLL_SKIP = 0",
+        ("test_steering.py::test_reference_nll_equals_a_loop_over_tokens[llama]",),
+    ),
+    Mutation(
+        "ties go to the higher layer",
+        "lib/refusal/directions.py",
+        "gap.index[int(gap.to_numpy().argmax())]",
+        "gap.index[-1 - int(gap.to_numpy()[::-1].argmax())]",
+        ("test_directions.py::test_ties_go_to_the_lower_layer_in_any_order",),
+    ),
+    Mutation(
+        "an extraction prompt leaks into evaluation",
+        "data/prompts/harmful_evaluation.csv",
+        unquoted("harmful_evaluation"),
+        unquoted("harmful_extraction"),
+        ("test_prompts.py::test_extraction_and_selection_never_report",),
+    ),
+    Mutation(
+        "clusters counted as prompts",
+        "lib/refusal/statistics.py",
+        "pd.factorize(names)",
+        "pd.factorize(np.arange(len(names)))",
+        (
+            "test_statistics.py::test_clusters_are_not_counted_as_prompts",
+            "test_statistics.py::test_paired_flips_whole_clusters",
+        ),
+    ),
+    Mutation(
+        "an interval computed with n - 1",
+        "lib/refusal/statistics.py",
+        "proportion.proportion_confint(k, n, ",
+        "proportion.proportion_confint(k, n - 1, ",
+        ("test_statistics.py::test_wilson_reproduces_the_study",),
+    ),
+    Mutation(
+        "a refusal phrase removed",
+        "data/refusal_phrases.csv",
+        line("data/refusal_phrases.csv", "i cannot assist,opening,"),
+        "",
+        ("test_judging.py::test_refusals_are_refusals_whatever_their_nll",),
+    ),
+    Mutation(
+        "a loop of refusals labelled refusal",
+        "lib/refusal/judging.py",
+        '"loop", score > thresholds.repetition',
+        '"loop", not matched and score > thresholds.repetition',
+        ("test_judging.py::test_the_order_of_decision",),
+    ),
+    Mutation(
+        "redaction dropped",
+        "lib/refusal/records.py",
+        "        frame = redact(frame)\n",
+        "",
+        ("test_records.py::test_every_written_record_is_redacted_whatever_the_caller_forgot",),
+    ),
+]
+
+
+def copy(root, mutation=None):
+    """A copy of what the tests need, with the mistake in it. The library finds its data from where it lies."""
+    for name in ("lib/refusal", "tests"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "data/prompts"):
+        source, target = ROOT / name, root / name
+        target.parent.mkdir(exist_ok=True)
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
+    for path in (ROOT / "data").iterdir():
+        if path.is_file():
+            shutil.copy(path, root / "data")
+    if mutation is not None:
+        path = root / mutation.file
+        text = path.read_text(encoding="utf-8")
+        assert text.count(mutation.old) == 1, f"{mutation.file} has changed: write {mutation.name!r} anew"
+        path.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
+
+
+def run(root, tests, mutation=None):
+    """Runs tests in a copy, with its library in front of the installed one."""
+    copy(root, mutation)
+    environment = os.environ | {"PYTHONPATH": str(root / "lib"), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    settings = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:nbval", "--tb=short"]
+    command = [sys.executable, "-m", "pytest", *settings, *(f"tests/{test}" for test in tests)]
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def runs(request, tmp_path_factory):
+    """What comes of each mutation that was asked for, two at a time; "" is the control."""
+    items = [item for item in request.session.items if item.path == request.path]
+    chosen = [item.callspec.params["mutation"] for item in items if hasattr(item, "callspec")]
+    every = sorted({test for mutation in chosen or MUTATIONS for test in mutation.tests})
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        jobs = {"": pool.submit(run, tmp_path_factory.mktemp("copy"), every)}
+        for mutation in chosen:
+            jobs[mutation.name] = pool.submit(run, tmp_path_factory.mktemp("copy"), mutation.tests, mutation)
+        yield jobs
+
+
+def test_without_a_mutation_the_same_tests_pass(runs):
+    done = runs[""].result()
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_the_copy_is_what_is_tested(tmp_path):
+    copy(tmp_path)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "lib")}
+    command = [sys.executable, "-c", "import refusal.files; print(refusal.files.ROOT)"]
+    assert subprocess.run(command, env=environment, capture_output=True, text=True).stdout.strip() == str(tmp_path)
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name.replace(" ", "_"))
+def test_mutation_turns_a_test_red(mutation, runs):
+    done = runs[mutation.name].result()
+    assert done.returncode == 1, f"{mutation.name} went unnoticed, or did not run:\n{done.stdout[-3000:]}{done.stderr}"
+    # It failed for what a test asserts or the library refuses, not because the mutated code breaks down.
+    reason = r"^E +(assert |AssertionError|Failed: |refusal\.files\.CompendiumError)"
+    assert re.search(reason, done.stdout, re.MULTILINE), done.stdout[-3000:]
