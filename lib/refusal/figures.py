@@ -38,6 +38,13 @@ STYLE = {
     "legend.frameon": False,
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "xtick.major.width": 0.8,
+    "ytick.major.width": 0.8,
+    "xtick.major.size": 3,
+    "ytick.major.size": 3,
+    "ytick.minor.width": 0.5,
+    "ytick.minor.size": 1.5,
     "lines.linewidth": 1.2,
     "lines.markersize": 4,
     "errorbar.capsize": 2,
@@ -51,7 +58,7 @@ STYLE = {
 
 def use_style() -> None:
     """Sets the compendium's style for all figures that follow."""
-    sns.set_theme(style="ticks", rc=STYLE)
+    sns.set_theme(context="paper", style="ticks", rc=STYLE)
 
 
 def save(figure: Figure, data: pd.DataFrame, name: str, folder: Path) -> Figure:
@@ -92,9 +99,10 @@ def layers(tables: dict[str, pd.DataFrame], screen: pd.DataFrame, selected: int,
     x = tables["auroc"]["layer"]
     top.plot(x, tables["auroc"]["value"], color=COLOURS["refusal"], marker="o", markersize=2.5)
     top.axhline(0.5, color="0.6", linestyle=":", linewidth=0.8)
-    top.set(ylabel="AUROC, held-out prompts", ylim=(0.45, 1.02), title="(a) separation saturates")
+    top.set(ylabel="AUROC", title="(a) separation of held-out prompts")
+    top.set_ylim(min(0.45, float(tables["auroc"]["value"].min()) - 0.03), 1.02)
     _band(right, x, tables["d_prime"], COLOURS["refusal"], marker="o", markersize=2.5)
-    right.set(ylabel="d' (pooled s.d.)", title="(b) distance goes on growing")
+    right.set(ylabel="d' (pooled s.d.)", title="(b) standardised distance, held-out prompts")
     right.set_ylim(bottom=min(0.0, float(tables["d_prime"]["low"].min())))
     _band(left, x, tables["raw_norm"], COLOURS["refusal"], label="raw norm", marker="o", markersize=2.5)
     residual = tables["residual_norm"]["value"]
@@ -177,7 +185,7 @@ def label_rates(shares: pd.DataFrame, conditions: Sequence[str]) -> Figure:
         conditions: In the order of the horizontal axis.
     """
     sets = list(dict.fromkeys(shares["prompt_set"]))
-    figure, panels = plt.subplots(1, len(sets), figsize=(WIDTH, 2.5), sharey=True, squeeze=False)
+    figure, panels = plt.subplots(1, len(sets), figsize=(WIDTH, 2.6), sharey=True, squeeze=False)
     for axes, prompt_set in zip(panels[0], sets, strict=True):
         for shift, label in zip((-0.16, 0.0, 0.16), LABELS, strict=True):
             part = shares[(shares["prompt_set"] == prompt_set) & (shares["label"] == label)].set_index("condition")
@@ -192,9 +200,9 @@ def label_rates(shares: pd.DataFrame, conditions: Sequence[str]) -> Figure:
         axes.set_xticks(range(len(conditions)), [_short(name) for name in conditions])
         axes.set_xlim(-0.5, len(conditions) - 0.5)
         axes.grid(axis="y", color="0.9", linewidth=0.6)
+        axes.set_xlabel("alpha (mean differences)")
     panels[0][0].set_ylabel("share of completions, %")
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    figure.supxlabel("condition: coefficient of the direction in mean differences", fontsize=8)
     return figure
 
 
@@ -222,9 +230,9 @@ def beside_study(ours: pd.DataFrame, study: pd.DataFrame, name: str) -> Figure:
         _bars(axes, table, list(conditions.values()), f"{model}\n(published, n = {table['n'].iloc[0]})")
     order = {"extracted +1": "+1", "baseline": "0", "extracted -1": "−1"}
     table = ours.set_index("condition").loc[list(order)]
-    title = f"{name}\n(measured, n = {table['n'].iloc[0]} in {table['clusters'].iloc[0]} clusters)"
+    title = f"{name}\n(ours, n = {table['n'].iloc[0]}, {table['clusters'].iloc[0]} clusters)"
     _bars(panels[2], table, list(order.values()), title)
-    panels[0].set_ylabel("jailbreak rate by the study's rule, %")
+    panels[0].set_ylabel("jailbreak rate, study's rule, %")
     return figure
 
 

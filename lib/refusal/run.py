@@ -199,7 +199,7 @@ def publish(options: Options, config: dict) -> str:
         What was done, for people.
     """
     from refusal import notebooks as strict
-    from refusal import paper
+    from refusal import paper, readme
 
     out, copied = ROOT / config["out"], 0
     for model in options.models:
@@ -213,6 +213,7 @@ def publish(options: Options, config: dict) -> str:
                     shutil.copyfile(source, path)
                 copied += 1
     paper.generate(ROOT / "data" / "records", ROOT)
+    readme.refresh(ROOT / "README.md", ROOT / "data" / "records")
     if DEFAULT_MODEL in options.models:
         for name in config["notebooks"]:
             strict.publish(name)

@@ -21,6 +21,7 @@ EMBEDDINGS = -1
 NLL_SKIP = 8
 LEAVE = 8  # ended rows leave the batch once they are an eighth of it: each time, all keys and values are copied
 MAX_ALPHA = 100.0
+BLOCK = 512  # tokens of the vocabulary
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,17 +220,22 @@ def _uniforms(rows: Sequence[Condition], texts: Sequence[str], steps: int) -> to
 
 
 def _choose(logits: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The next token of each row, and its negative log-likelihood: the likeliest, or sampled by inverting the CDF."""
-    token = logits.argmax(-1)
-    sampled = ~uniform.isnan()
-    if sampled.any():
-        some = logits[sampled]
-        # Relative to the largest, in float64: a sum of 150,000 float32 terms would lose the tail.
-        cumulative = (some - some.amax(-1, keepdim=True)).exp().cumsum(-1, dtype=torch.float64)
-        target = uniform[sampled][:, None] * cumulative[:, -1:]
-        found = torch.searchsorted(cumulative, target, right=True)[:, 0]
-        token[sampled] = found.clamp(max=logits.shape[-1] - 1)
-    return token, logits.logsumexp(-1) - logits.gather(1, token[:, None])[:, 0]
+    """The next token of each row, and its negative log-likelihood: the likeliest, or sampled by inverting the CDF.
+
+    The CDF is summed over blocks of the vocabulary first, since it costs as much as a layer of the model otherwise.
+    """
+    largest, token = logits.max(-1)
+    weights = (logits - largest[:, None]).exp_()
+    blocks_ = torch.nn.functional.pad(weights, (0, -logits.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK)).sum(-1)
+    total = blocks_.sum(-1, dtype=torch.float64)
+    for row in torch.nonzero(~uniform.isnan())[:, 0].tolist():
+        edges = blocks_[row].cumsum(0, dtype=torch.float64)
+        target = uniform[row] * edges[-1]
+        block = int(torch.searchsorted(edges, target, right=True).clamp(max=len(edges) - 1))
+        inside = weights[row, block * BLOCK : (block + 1) * BLOCK].cumsum(0, dtype=torch.float64)
+        rest = target - (edges[block - 1] if block else 0.0)
+        token[row] = block * BLOCK + int(torch.searchsorted(inside, rest, right=True).clamp(max=len(inside) - 1))
+    return token, largest + total.log() - logits.gather(1, token[:, None])[:, 0]
 
 
 def _forward(

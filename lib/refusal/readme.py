@@ -1,0 +1,54 @@
+"""The results table of the README, filled in from the committed records, so that no number in it is typed."""
+
+import re
+from pathlib import Path
+
+from refusal import summaries
+from refusal.files import CompendiumError, atomic
+
+BEGIN, END = "<!-- results: written by ./run_all.sh --publish -->", "<!-- /results -->"
+ROWS = (
+    ("AUROC of held-out harmful and harmless prompts", "{SelectedAuroc} at layer {SelectedLayer}", "01"),
+    ("cosine of a direction from {PairsStudy} pairs with the one from all prompts",
+     "{PairsStudyCosine} {PairsStudyCosineInterval}", "01"),
+    ("refusal of harmful requests, unsteered", "{RefusalBaseline} % {RefusalBaselineInterval}", "03"),
+    ("… one mean difference added", "{RefusalPlus} % {RefusalPlusInterval}, Holm p {SignPlusHolm}", "03"),
+    ("… one mean difference subtracted", "{RefusalMinus} % {RefusalMinusInterval}, Holm p {SignMinusHolm}", "03"),
+    ("degenerate completions at 0, +1, −1", "{DegenerationBaseline}, {DegenerationPlus}, {DegenerationMinus} %", "03"),
+    ("refusal on the study's 10 x 10 layout at 0, +1, −1",
+     "{StudyLayoutBaseline}, {StudyLayoutPlus}, {StudyLayoutMinus} %, cluster p {StudyLayoutPlusP} and "
+     "{StudyLayoutMinusP}",
+     "03"),
+    ("refusal of *harmless* requests at 0, +1", "{HarmlessBaseline}, {HarmlessPlus} %", "03"),
+    ("sign inversion, by the plan's rule", "**{SignVerdict}**", "03"),
+)  # fmt: skip
+
+
+def table(records: Path, model: str) -> str:
+    """The results table as Markdown.
+
+    Args:
+        records: The folder with a folder of records for each model.
+        model: Registry id.
+    """
+    values = summaries.numbers(records, model)
+    lines = [f"| {values['ModelName']} | measured | command |", "| --- | --- | --- |"]
+    for what, result, notebook in ROWS:
+        cells = (what.format(**values), result.format(**values), f"`./run_all.sh --only {notebook}`")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def refresh(path: Path, records: Path) -> None:
+    """Puts the table of the default model into a README, between its two markers.
+
+    Raises:
+        CompendiumError: The markers are missing.
+    """
+    text = path.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise CompendiumError(f"{path} must hold the lines {BEGIN!r} and {END!r} once each.")
+    filled = f"{BEGIN}\n{table(records, summaries.DEFAULT_MODEL)}\n{END}"
+    pattern = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
+    with atomic(path) as temporary:
+        temporary.write_text(pattern.sub(lambda _: filled, text), encoding="utf-8")

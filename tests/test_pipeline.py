@@ -1,0 +1,140 @@
+"""The pipeline on the real default model, at small n: real weights, real papermill, killed and resumed."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from refusal import chunks, records, runs, summaries
+from refusal.files import ROOT
+
+pytestmark = pytest.mark.slow
+MODEL = summaries.DEFAULT_MODEL
+SMALL = "n_prompts: 8, samples: 1, max_new_tokens: 24, rows: 16, draws: 3"
+
+
+def execute(notebook: str, out: Path, parameters: str) -> subprocess.Popen:
+    words = [sys.executable, "-m", "refusal.notebooks", "run", notebook, "--out", str(out / f"{notebook}.ipynb")]
+    words += ["-y", f"{{mode: measure, out: {out}, {parameters}}}"]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+
+
+def finished(process: subprocess.Popen) -> str:
+    said, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, said
+    return said
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Notebooks 01 and 03 on a few prompts of each set."""
+    out = tmp_path_factory.mktemp("pipeline")
+    finished(execute("01", out, SMALL))
+    finished(execute("03", out, "n_prompts: 8, max_new_tokens: 24, rows: 16"))
+    return out
+
+
+def test_small_run_writes_everything(small_run: Path) -> None:
+    frame, about = records.read(records.paths(small_run, MODEL, "03_sign_inversion")[0])
+    assert about["quick"] and not about["user"] and about["facts"]["layers"] == 24
+    assert frame.groupby(["prompt_set", "condition"]).size().tolist() == [8] * 9
+    assert records.violations(frame) == []
+    for name in summaries.FIGURES:
+        for ending in ("pdf", "png", "csv"):
+            assert (small_run / "figures" / MODEL / f"{name}.{ending}").stat().st_size > 100
+
+
+def test_the_real_model_refuses_more_at_plus_one(small_run: Path) -> None:
+    """Not a rate, a direction: no prompt set loses refusals at +1 or gains them at -1, summed over the prompts."""
+    frame, _ = records.read(records.paths(small_run, MODEL, "03_sign_inversion")[0])
+    refused = frame.assign(refused=frame["label"] == "refusal").groupby("condition")["refused"].sum()
+    assert refused["extracted +1"] > refused["extracted -1"]
+    assert refused["extracted +1"] >= refused["baseline"] >= refused["extracted -1"]
+
+
+def test_alpha_is_in_mean_differences(small_run: Path) -> None:
+    frame, _ = records.read(records.paths(small_run, MODEL, "03_sign_inversion")[0])
+    metrics, about = records.read(records.paths(small_run, MODEL, "01_extraction")[1])
+    layer = summaries.selected_layer(metrics, about["facts"]["layers"])
+    norms = metrics[(metrics["metric"] == "raw_norm") & (metrics["direction_id"] == "extracted")].set_index("layer")[
+        "value"
+    ]
+    plus = frame[frame["condition"] == "extracted +1"].iloc[0]
+    assert plus["layers"] == str(layer)
+    assert plus["alpha_absolute"] == pytest.approx(norms[layer], rel=1e-5)
+
+
+def test_killed_and_resumed_equals_uninterrupted(small_run: Path, tmp_path: Path) -> None:
+    """`kill -9` of the runner while the real model measures, then the same command: the record is the same."""
+    parameters = "n_prompts: 8, max_new_tokens: 23, rows: 12"  # 23 tokens: other chunks than the fixture's
+    (tmp_path / "records").symlink_to(small_run / "records")
+    (tmp_path / "directions").symlink_to(small_run / "directions")
+    folder = chunks.Store(MODEL).folder
+    before = set(folder.glob("*.parquet"))
+    process = execute("03", tmp_path, parameters)
+    deadline = time.monotonic() + 300
+    while not set(folder.glob("*.parquet")) - before and time.monotonic() < deadline:
+        time.sleep(0.2)  # until the first chunk is there
+    time.sleep(random.Random(0).uniform(0, 3))
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    for _ in range(100):  # the kernel notices that its parent has gone
+        if subprocess.run(["pgrep", "-f", "ipykernel_launcher.*refusal-"], capture_output=True, check=False).returncode:
+            break
+        time.sleep(0.2)
+    interrupted = set(folder.glob("*.parquet")) - before
+    assert 0 < len(interrupted) < 6, "the kill came before the first chunk or after the last"
+    finished(execute("03", tmp_path, parameters))
+    resumed, _ = records.read(records.paths(tmp_path, MODEL, "03_sign_inversion")[0])
+    for path in set(folder.glob("*.parquet")) - before:
+        path.unlink()
+    finished(execute("03", tmp_path, parameters))
+    whole, _ = records.read(records.paths(tmp_path, MODEL, "03_sign_inversion")[0])
+    pd.testing.assert_frame_equal(resumed, whole)
+
+
+@pytest.mark.parametrize("notebook", ["01_extraction", "03_sign_inversion"])
+def test_replay_draws_what_is_committed(notebook: str, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "refusal.notebooks", "run", notebook, "--out", str(tmp_path / "nb.ipynb")]
+    environment = os.environ | {"REFUSAL_CACHE": str(tmp_path / "no models here"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [*words, "-y", f"{{mode: replay, out: {tmp_path}}}"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for name in [figure for figure, maker in summaries.FIGURES.items() if maker == notebook]:
+        drawn, kept = (
+            pd.read_csv(folder / MODEL / f"{name}.csv") for folder in (tmp_path / "figures", ROOT / "figures")
+        )
+        pd.testing.assert_frame_equal(drawn, kept)
+    assert not (tmp_path / "no models here").exists()
+
+
+def test_reference_nll_of_generation_equals_scoring() -> None:
+    """On the real model in bfloat16, the NLL noted while generating is that of a second pass, up to rounding."""
+    from refusal import models, prompts, steering
+
+    model = models.load(MODEL)
+    texts = prompts.load("harmless_extraction")["text"].tolist()[:6]
+    made = [row[0] for row in steering.generate(model, texts, [steering.sampled(1)], max_new_tokens=24)]
+    scored = steering.reference_nll(model, texts, [completion.token_ids for completion in made])
+    own = [completion.own_nll for completion in made]
+    assert np.allclose(own, scored, atol=0.05, equal_nan=True)
+
+
+def test_runs_refuse_what_they_cannot_replay(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="was made with alpha"):
+        runs.start(
+            "03_sign_inversion", model=MODEL, mode="replay", out=str(tmp_path), n_prompts=0, prompts_file="", alpha=2.0,
+            layer=-1, max_new_tokens=48, rows=96,
+        )  # fmt: skip
