@@ -93,6 +93,13 @@ def test_numbers_follow_the_record() -> None:
     assert "91.0" in after["SignConclusion"]
 
 
+def test_another_dose_is_compared_as_well() -> None:
+    frame = record(same((0.6, 0.9, 0.3)))
+    frame["condition"] = frame["condition"].str.replace("1", "2.5")
+    assert analyses.comparisons(frame).loc["plus", "first"] == "extracted +2.5"
+    assert summaries.sign_numbers(frame)["RefusalPlus"] == "90.0"
+
+
 def test_own_prompts_have_a_family_of_two() -> None:
     frame = record({"user": (0.6, 0.9, 0.3)})
     assert analyses.comparisons(frame).index.tolist() == ["plus", "minus"]

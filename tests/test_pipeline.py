@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,11 @@ from refusal.files import ROOT
 
 pytestmark = pytest.mark.slow
 MODEL = summaries.DEFAULT_MODEL
-SMALL = "n_prompts: 8, samples: 1, max_new_tokens: 24, rows: 16, draws: 3"
+# Lengths and batches that no other run has, so that no chunk is there before.
+SMALL = "n_prompts: 8, samples: 1, max_new_tokens: 22, rows: 16, draws: 3"
+SIGN = "n_prompts: 8, max_new_tokens: 22, rows: 12"
+FOLDER = chunks.Store(MODEL).folder
+CHUNKS: list[Path] = []  # those of notebook 03's uninterrupted run
 
 
 def execute(notebook: str, out: Path, parameters: str) -> subprocess.Popen:
@@ -33,12 +38,16 @@ def finished(process: subprocess.Popen) -> str:
 
 
 @pytest.fixture(scope="module")
-def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Notebooks 01 and 03 on a few prompts of each set."""
     out = tmp_path_factory.mktemp("pipeline")
     finished(execute("01", out, SMALL))
-    finished(execute("03", out, "n_prompts: 8, max_new_tokens: 24, rows: 16"))
-    return out
+    before = set(FOLDER.glob("*.parquet"))
+    finished(execute("03", out, SIGN))
+    CHUNKS.extend(set(FOLDER.glob("*.parquet")) - before)
+    yield out
+    for path in CHUNKS:  # so that the next run of this test measures again
+        path.unlink(missing_ok=True)
 
 
 def test_small_run_writes_everything(small_run: Path) -> None:
@@ -73,30 +82,26 @@ def test_alpha_is_in_mean_differences(small_run: Path) -> None:
 
 def test_killed_and_resumed_equals_uninterrupted(small_run: Path, tmp_path: Path) -> None:
     """`kill -9` of the runner while the real model measures, then the same command: the record is the same."""
-    parameters = "n_prompts: 8, max_new_tokens: 23, rows: 12"  # 23 tokens: other chunks than the fixture's
-    (tmp_path / "records").symlink_to(small_run / "records")
+    (tmp_path / "records" / MODEL).mkdir(parents=True)
+    for path in (small_run / "records" / MODEL).glob("01_extraction*"):
+        (tmp_path / "records" / MODEL / path.name).symlink_to(path)
     (tmp_path / "directions").symlink_to(small_run / "directions")
-    folder = chunks.Store(MODEL).folder
-    before = set(folder.glob("*.parquet"))
-    process = execute("03", tmp_path, parameters)
+    assert len(CHUNKS) == 6, "an earlier test run left chunks behind: delete build/chunks"
+    for path in CHUNKS:
+        path.unlink()
+    process = execute("03", tmp_path, SIGN)
     deadline = time.monotonic() + 300
-    while not set(folder.glob("*.parquet")) - before and time.monotonic() < deadline:
-        time.sleep(0.2)  # until the first chunk is there
+    while not any(path.exists() for path in CHUNKS) and time.monotonic() < deadline:
+        time.sleep(0.2)
     time.sleep(random.Random(0).uniform(0, 3))
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    for _ in range(100):  # the kernel notices that its parent has gone
-        if subprocess.run(["pgrep", "-f", "ipykernel_launcher.*refusal-"], capture_output=True, check=False).returncode:
-            break
-        time.sleep(0.2)
-    interrupted = set(folder.glob("*.parquet")) - before
-    assert 0 < len(interrupted) < 6, "the kill came before the first chunk or after the last"
-    finished(execute("03", tmp_path, parameters))
-    resumed, _ = records.read(records.paths(tmp_path, MODEL, "03_sign_inversion")[0])
-    for path in set(folder.glob("*.parquet")) - before:
-        path.unlink()
-    finished(execute("03", tmp_path, parameters))
-    whole, _ = records.read(records.paths(tmp_path, MODEL, "03_sign_inversion")[0])
+    time.sleep(3)  # the kernel ends itself when its parent has gone; a chunk that it still writes is written whole
+    assert 0 < sum(path.exists() for path in CHUNKS) < len(CHUNKS), "killed before the first or after the last chunk"
+    finished(execute("03", tmp_path, SIGN))
+    resumed, whole = (
+        records.read(records.paths(out, MODEL, "03_sign_inversion")[0])[0] for out in (tmp_path, small_run)
+    )
     pd.testing.assert_frame_equal(resumed, whole)
 
 

@@ -52,7 +52,10 @@ def rates(frame: pd.DataFrame) -> pd.DataFrame:
 
 def family(frame: pd.DataFrame, notebook: str = "03_sign_inversion") -> list[dict[str, str]]:
     """The comparisons that are corrected together: the plan's, or the first of them on the user's own prompts."""
-    planned = plan()[notebook]["comparisons"]
+    signs = {"extracted +1": "extracted +", "extracted -1": "extracted -"}  # another dose has another name
+    found = {planned: next((name for name in frame["condition"].unique() if name.startswith(sign)), planned)
+             for planned, sign in signs.items()}  # fmt: skip
+    planned = [{**one, "first": found[one["first"]]} for one in plan()[notebook]["comparisons"]]
     if set(frame["prompt_set"]) == {"user"}:
         return [{**one, "prompt_set": "user"} for one in planned if one["name"] in ("plus", "minus")]
     return planned

@@ -207,7 +207,7 @@ def label_rates(shares: pd.DataFrame, conditions: Sequence[str]) -> Figure:
 
 
 def _short(condition: str) -> str:
-    return {"baseline": "0", "extracted +1": "+1", "extracted -1": "−1"}.get(condition, condition)
+    return {"baseline": "0"}.get(condition, condition.removeprefix("extracted ").replace("-", "−"))
 
 
 def beside_study(ours: pd.DataFrame, study: pd.DataFrame, name: str) -> Figure:
@@ -228,10 +228,10 @@ def beside_study(ours: pd.DataFrame, study: pd.DataFrame, name: str) -> Figure:
     for axes, (model, part) in zip(panels, study.groupby("model", sort=False), strict=False):
         table = part.set_index("condition").loc[list(conditions)]
         _bars(axes, table, list(conditions.values()), f"{model}\n(published, n = {table['n'].iloc[0]})")
-    order = {"extracted +1": "+1", "baseline": "0", "extracted -1": "−1"}
-    table = ours.set_index("condition").loc[list(order)]
+    signs = {condition: _short(condition)[0] for condition in ours["condition"]}
+    table = ours.set_index("condition").loc[sorted(signs, key=lambda condition: "+0−".index(signs[condition]))]
     title = f"{name}\n(ours, n = {table['n'].iloc[0]}, {table['clusters'].iloc[0]} clusters)"
-    _bars(panels[2], table, list(order.values()), title)
+    _bars(panels[2], table, [_short(str(condition)) for condition in table.index], title)
     panels[0].set_ylabel("jailbreak rate, study's rule, %")
     return figure
 

@@ -14,7 +14,7 @@ import torch
 
 from refusal import __version__, chunks, directions, judging, models, prompts, records
 from refusal.files import ROOT, CompendiumError, sha256_text
-from refusal.steering import Condition
+from refusal.steering import MAX_ALPHA, Condition
 
 FIRST = "01_extraction"
 CHOSEN_ON = ("harmful_extraction", "harmless_extraction", "harmful_selection", "harmless_selection")
@@ -76,6 +76,9 @@ def start(notebook: str, *, model: str, mode: str, out: str, **parameters: objec
         value = parameters.get(name, 1)
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 100_000:
             raise CompendiumError(f"{name} is {value!r}, but must be a whole number from 1 to 100000.")
+    dose = parameters.get("alpha", 1.0)
+    if isinstance(dose, bool) or not isinstance(dose, int | float) or not 0 < dose <= MAX_ALPHA:
+        raise CompendiumError(f"alpha is {dose!r}, but must be a number above 0 and at most {MAX_ALPHA:g}.")
     run = Run(notebook, model, mode, ROOT / out, dict(parameters))
     if mode == "measure":
         run.store = chunks.open_store(model)

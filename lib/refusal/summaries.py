@@ -166,8 +166,9 @@ def extraction_numbers(metrics: pd.DataFrame, about: Mapping[str, Any]) -> dict[
 def sign_numbers(frame: pd.DataFrame) -> dict[str, str]:
     """Formatted numbers of notebook 03, by macro name."""
     shares, tests = rates(frame), comparisons(frame)
+    steered = tests["first"].to_dict()
     lookup = shares.set_index(["prompt_set", "condition", "label"])
-    names = {"Baseline": "baseline", "Plus": "extracted +1", "Minus": "extracted -1"}
+    names = {"Baseline": "baseline", "Plus": steered["plus"], "Minus": steered["minus"]}
     numbers: dict[str, str] = {}
 
     def note(macro: str, prompt_set: str, condition: str, label: str, with_interval: bool) -> None:
