@@ -56,7 +56,6 @@ FIGURES = {
     "fig_sign": "03_sign_inversion",
     "fig_study": "03_sign_inversion",
 }
-SEPARATING_AUROC = 0.95
 ENOUGH_COSINE = 0.95
 
 
@@ -121,7 +120,6 @@ def extraction_numbers(metrics: pd.DataFrame, about: Mapping[str, Any]) -> dict[
     at = {m: by_layer(metrics, m).set_index("layer").loc[layer]
           for m in ("auroc", "d_prime", "raw_norm", "residual_norm", "split_half_cosine")}  # fmt: skip
     auroc = by_layer(metrics, "auroc").set_index("layer")["value"]
-    reached = auroc.index[auroc >= SEPARATING_AUROC]
     means = screen_means(metrics)
     pairs = int(study_file()["extraction_pairs"].iloc[0])
     few = {m: by_count(metrics, m, layer).set_index("prompts") for m in ("auroc", "cosine_to_full")}
@@ -151,8 +149,8 @@ def extraction_numbers(metrics: pd.DataFrame, about: Mapping[str, Any]) -> dict[
         "ScreenBaseline": f"{means.loc[-1, 0.0]:+.1f}",
         "ScreenPlus": f"{means.loc[layer, 1.0]:+.1f}",
         "ScreenMinus": f"{means.loc[layer, -1.0]:+.1f}",
-        "SeparatingAuroc": f"{SEPARATING_AUROC:.2f}",
-        "SeparatingLayer": str(reached[0]) if len(reached) else "none",
+        "BestAuroc": f"{auroc.max():.3f}",
+        "BestLayer": str(auroc.idxmax()),
         "PairsStudy": str(pairs),
         "PairsStudyAuroc": f"{few['auroc'].loc[pairs, 'value']:.3f}",
         "PairsStudyCosine": f"{few['cosine_to_full'].loc[pairs, 'value']:.2f}",
