@@ -117,12 +117,12 @@ def counts(**tokens: tuple[int, int, int]) -> pd.DataFrame:
 
 def test_openings_need_share_and_precision() -> None:
     found = analyses.openings(counts(I=(90, 95, 100), Sorry=(9, 9, 9), The=(1, 1, 300), rare=(0, 1, 1)))
-    assert found[found["chosen"]]["text"].tolist() == ["I", "Sorry"]
+    assert found[found["chosen"]]["opens with"].tolist() == ["I", "Sorry"]
 
 
 def test_openings_of_a_model_that_hardly_refuses() -> None:
     found = analyses.openings(counts(I=(2, 2, 4), The=(1, 1, 300)))
-    assert found[found["chosen"]]["text"].tolist() == ["I"]
+    assert found[found["chosen"]]["opens with"].tolist() == ["I"]
     with pytest.raises(CompendiumError, match="refused no extraction prompt"):
         analyses.openings(counts(I=(0, 0, 4)))
 

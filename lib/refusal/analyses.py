@@ -201,7 +201,7 @@ def openings(counts: pd.DataFrame) -> pd.DataFrame:
         counts: From `runs.openings`.
 
     Returns:
-        Index token id; columns text, refusals (of harmful prompts), precision, share, chosen (bool).
+        Index token id; columns opens with, refusals (of harmful prompts), precision, share, chosen (bool).
 
     Raises:
         CompendiumError: The model never refused.
@@ -209,7 +209,7 @@ def openings(counts: pd.DataFrame) -> pd.DataFrame:
     table = counts.pivot(index="draw", columns="metric", values="value").rename_axis("token", columns=None)
     if table.empty or not table["refusals"].sum():
         raise CompendiumError("the model refused no extraction prompt, so a refusal opening cannot be derived from it.")
-    table.insert(0, "text", counts.drop_duplicates("draw").set_index("draw")["prompt_id"])
+    table.insert(0, "opens with", counts.drop_duplicates("draw").set_index("draw")["prompt_id"])
     table["precision"] = table["all_refusals"] / table["completions"]
     table["share"] = table["refusals"] / table["refusals"].sum()
     rule = plan()["direction"]["openings"]

@@ -388,12 +388,14 @@ def reference_nll(
             ids, valid = ids.to(model.device), valid.to(model.device)
             inputs = {name: torch.cat([inputs[name], end], dim=1)
                       for name, end in (("input_ids", ids), ("attention_mask", valid))}  # fmt: skip
-            logits = model.hf(
+            output = model.hf(
                 **prefixes.rest_of(inputs, prefix.shape[1]),
                 past_key_values=prefixes.unsteered_cache(model, prefix, len(chosen)),
                 logits_to_keep=longest + 1,
-            ).logits[:, :-1]
-            nll = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), ids, reduction="none")
+            )
+            logits = output.logits[:, :-1].float()
+            # Along the vocabulary, which is contiguous: cross_entropy wants it in the middle, and is slow there.
+            nll = logits.logsumexp(-1) - logits.gather(2, ids[:, :, None])[:, :, 0]
             counted = valid[:, NLL_SKIP:]
             mean = (nll[:, NLL_SKIP:] * counted).sum(1) / counted.sum(1)
             for i, value in zip(chosen, mean.tolist(), strict=True):
