@@ -64,6 +64,10 @@ def main(words):
 if __name__ == "__main__":
     main(sys.argv[1:])
 """
+STUB_README = """
+def refresh(path, records):
+    path.write_text("results of " + records.parent.name)
+"""
 
 
 @pytest.fixture
@@ -73,6 +77,7 @@ def copy(tmp_path):
     shutil.copytree(ROOT / "lib", folder / "lib", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     (folder / "lib" / "refusal" / "models.py").write_text(STUB_MODELS)
     (folder / "lib" / "refusal" / "paper.py").write_text(STUB_PAPER)
+    (folder / "lib" / "refusal" / "readme.py").write_text(STUB_README)
     copied = "run_all.sh Snakefile pyproject.toml requirements.lock data/models.yaml data/analysis_plan.yaml"
     for name in copied.split():
         (folder / name).parent.mkdir(exist_ok=True)
@@ -392,6 +397,7 @@ def test_replay_needs_no_weights_and_publish_makes_results_the_committed_ones(co
     assert "there are no committed records" in fails(copy, "--replay")
     said = succeeds(copy, "--publish")
     assert "published 7 files" in said
+    assert (copy / "README.md").read_text() == "results of data"
     for name in (f"data/directions/{MODEL}.safetensors", f"figures/{MODEL}/03_sign_inversion.pdf"):
         assert (copy / name).read_text() == "measure 0"
     assert not (copy / "figures" / MODEL / ".03_sign_inversion").exists()

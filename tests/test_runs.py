@@ -474,11 +474,11 @@ def provenance(root):
 
 
 def test_both_files_say_where_they_come_from(repository, tmp_path):
-    notebook(start(alpha=[1, -1]))
+    notebook(start(doses=[1, -1]))
     about = provenance(tmp_path)
     assert about["notebook"] == NOTEBOOK
     assert about["model"] == "tiny"
-    assert about["parameters"] == PARAMETERS | {"alpha": [1, -1]}
+    assert about["parameters"] == PARAMETERS | {"doses": [1, -1]}
     assert about["commit"] == repository("rev-parse", "HEAD")
     assert (about["dirty"], about["quick"], about["user"]) == (False, False, False)
     assert torch.__version__.startswith(about["packages"]["torch"].split("+")[0])

@@ -29,7 +29,7 @@ from refusal.files import CompendiumError
 DEFAULT_MODEL = "qwen2.5-coder-0.5b"
 SETS = {
     "harmful_evaluation": "harmful requests",
-    "harmful_study": "the study's 10 x 10 layout",
+    "harmful_study": "study's layout",
     "harmless_evaluation": "harmless requests",
     "user": "your prompts",
 }
