@@ -37,7 +37,8 @@ for path in [root / out / name for name in made]:
         frame = pd.DataFrame({{"prompt_set": "user", "condition": "baseline", "label": labels}})
         frame.assign(cluster=list("abcd")).to_parquet(path)
 with open(root / "build" / "ran", "a") as ran:
-    ran.write(f"{{NAME}} {{model}} {{mode}} {{n_prompts}} {{prompts_file}} {{os.environ.get('OMP_NUM_THREADS', 'none')}}\\n")
+    threads = os.environ.get("OMP_NUM_THREADS", "none")
+    ran.write(f"{{NAME}} {{model}} {{mode}} {{n_prompts}} {{prompts_file}} {{threads}}\\n")
 """
 STUB_MODELS = """
 import pathlib, sys
