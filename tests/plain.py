@@ -2,8 +2,11 @@
 
 import contextlib
 
+import pytest
 import torch
 from conftest import make_hf, make_tokenizer
+
+from refusal.files import CompendiumError
 
 STOPS = ("<|im_end|>", "<|endoftext|>")
 PROMPTS = [
@@ -77,3 +80,13 @@ class Plain:
         """float64 logits `[vocabulary]` of the first new token."""
         with self.steered(condition), torch.no_grad():
             return self.hf(self.ids(text)).logits[0, -1].double()
+
+
+def one_sentence(call, *words):
+    """The call ends in one clear sentence, in which these words stand."""
+    with pytest.raises(CompendiumError) as caught:
+        call()
+    text = str(caught.value)
+    assert "\n" not in text and text.endswith(".")
+    for word in words:
+        assert word in text, f"{word!r} is not in: {text}"

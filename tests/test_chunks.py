@@ -16,7 +16,7 @@ import pytest
 import tiny
 import torch
 
-from refusal import activations, chunks, conversion, directions, models, prefixes, steering
+from refusal import activations, chunks, conditions, conversion, directions, engine, models, prefixes, steering
 from refusal.steering import add, baseline
 
 FACTS = {"weights_sha256": "ab" * 32, "template_sha256": "cd" * 32, "dtype": "float32", "stop_tokens": ["a", "b"]}
@@ -146,7 +146,7 @@ def edited(tmp_path, monkeypatch):
     return edit
 
 
-@pytest.mark.parametrize("module", [conversion, models, prefixes, directions, steering])
+@pytest.mark.parametrize("module", [conversion, models, prefixes, directions, conditions, engine, steering])
 def test_the_source_of_a_module_that_decides_tokens_names_other_chunks(names, edited, module):
     before = names()
     edited(module)
@@ -168,8 +168,10 @@ def test_the_source_of_other_modules_names_no_chunk(names, edited, name):
         (conversion, True, True),
         (models, True, True),
         (prefixes, True, True),
+        (engine, True, True),
         (activations, True, True),
         (directions, False, True),
+        (conditions, False, True),
         (steering, False, True),
         (importlib.import_module("refusal.judging"), False, False),
     ],
@@ -262,33 +264,45 @@ def test_rows_hold_what_was_generated(loaded, tiny_models):
     assert made["stop_reason"].tolist() == [completion.stop_reason for completion in wanted]
     assert made["n_tokens"].tolist() == [len(completion.token_ids) for completion in wanted]
     assert made["condition"].tolist() == [condition.name for condition in tiny.conditions()] * 5
-    nll = steering.reference_nll(
-        tiny_models["qwen2"], [text for text in texts for _ in range(4)], made["token_ids"].tolist()
-    )
+    nll = [completion.reference_nll for completion in wanted]
     assert made["reference_nll"].tolist() == pytest.approx(nll, rel=1e-4, nan_ok=True)
     assert made["reference_nll"].notna().any()
+
+
+FIXED = chunks.FIXED_BYTES
 
 
 @pytest.mark.parametrize(
     ("memory", "weights", "wanted"),
     [
         (64e9, 1e9, 64),
-        (1.536e9, 0, 64),
-        (1.535e9, 0, 32),
-        (3e9, 1e9, 32),
-        (1.6e9, 1e9, 4),
-        (1.5e9, 1e9, 1),  # never none
+        (FIXED + 1.280e9, 0, 64),
+        (FIXED + 1.279e9, 0, 32),
+        (FIXED + 2.5e9, 1e9, 32),
+        (FIXED + 1.6e9, 1e9, 4),
+        (FIXED + 1.5e9, 1e9, 1),  # never none
         (1e6, 1e9, 1),
     ],
 )
 def test_rows_halve_until_they_fit_half_of_what_the_weights_leave(memory, weights, wanted):
-    assert chunks.rows_that_fit(64, weights, memory) == wanted
+    assert chunks.rows_that_fit(64, 10e6, weights, memory) == wanted
     if wanted > 1:
-        assert wanted * chunks.ROW_BYTES <= 0.5 * (memory - 1.5 * weights)
+        assert wanted * 10e6 <= 0.5 * (memory - 1.5 * weights - FIXED)
 
 
 def test_other_row_counts_are_halved_too():
-    assert [chunks.rows_that_fit(48, 0, memory) for memory in (1.2e9, 1.1e9, 0.5e9, 0.2e9)] == [48, 24, 12, 6]
+    assert [chunks.rows_that_fit(48, 10e6, 0, FIXED + m) for m in (0.96e9, 0.95e9, 0.4e9, 0.2e9)] == [48, 24, 12, 6]
+
+
+def test_a_row_takes_its_keys_and_values(tmp_path):
+    """By hand: 2 parts x (keys, values) x 3 layers x 2 heads x 16 x bytes x (128 + 48) tokens."""
+    config = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64, "num_hidden_layers": 3}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert chunks.row_bytes(tmp_path, "float32", 48) == 2 * 2 * 3 * 2 * 16 * 4 * (128 + 48)
+    assert chunks.row_bytes(tmp_path, "bfloat16", 0) == 2 * 2 * 3 * 2 * 16 * 2 * 128
+    del config["num_key_value_heads"]
+    (tmp_path / "config.json").write_text(json.dumps(config | {"head_dim": 32}))
+    assert chunks.row_bytes(tmp_path, "float32", 48) == 2 * 2 * 3 * 4 * 32 * 4 * (128 + 48)
 
 
 def test_the_row_count_depends_on_the_machines_size_not_on_what_is_free(monkeypatch):
@@ -302,12 +316,12 @@ def test_the_row_count_depends_on_the_machines_size_not_on_what_is_free(monkeypa
         )
         file = SimpleNamespace(is_file=lambda: True, read_text=lambda: f"{group}\n")
         monkeypatch.setattr(chunks, "Path", lambda _: file)
-        return chunks.rows_that_fit(64, 0)
+        return chunks.rows_that_fit(64, 10e6, 0)
 
-    assert {machine(2e9, free) for free in (1e6, 1e9, 2e9)} == {64}
-    assert machine(1e9, 1e9) == 32
-    assert machine(2e9, 2e9, limit=500e6) == 16
-    assert machine(2e9, 2e9, group="250000000") == 8
+    assert {machine(FIXED + 2e9, free) for free in (1e6, 1e9, 2e9)} == {64}
+    assert machine(FIXED + 1e9, 1e9) == 32
+    assert machine(FIXED + 2e9, 2e9, limit=FIXED + 500e6) == 16
+    assert machine(FIXED + 2e9, 2e9, group=f"{FIXED + 250e6:.0f}") == 8
 
 
 # ---- chunks that are there already
@@ -323,7 +337,7 @@ def test_finished_chunks_need_no_model_and_give_the_same_rows(loaded, monkeypatc
     def refuse(*_, **__):
         raise AssertionError("nothing is to be measured")
 
-    for module, name in ((models, "load"), (steering, "generate"), (steering, "reference_nll")):
+    for module, name in ((models, "load"), (steering, "generate")):
         monkeypatch.setattr(module, name, refuse)
     again = chunks.open_store("tiny")
     pd.testing.assert_frame_equal(measure(again), first)
@@ -446,9 +460,9 @@ def test_a_run_that_dies_at_any_batch_goes_on_to_the_same_rows(batches, tmp_path
     for moment in range(3):
         root = tmp_path / str(moment)
         tiny.install(root, tiny_models["qwen2"], monkeypatch.setattr)
-        for where in ("generate", "reference_nll"):
+        for where, count in (("generate", moment), ("_trunk_tokens", 0)):
             with monkeypatch.context() as patch:
-                patch.setattr(steering, where, dying(getattr(steering, where), moment if where == "generate" else 0))
+                patch.setattr(steering, where, dying(getattr(steering, where), count))
                 with pytest.raises(KeyboardInterrupt):
                     measure(chunks.open_store("tiny"))
             assert steering.generate is generate

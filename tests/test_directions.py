@@ -7,12 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from plain import one_sentence
 from safetensors import safe_open
 from safetensors.torch import save_file
 from scipy import stats
 
 from refusal import directions
-from refusal.files import CompendiumError
 
 # ---- mean difference
 
@@ -303,12 +303,3 @@ def test_another_file_or_none_is_refused(saved, tmp_path):
     save_file({"unit": torch.ones(2, 2)}, tmp_path / "other")
     one_sentence(lambda: directions.load(tmp_path / "other", expect=EXPECT), "no direction file")
     one_sentence(lambda: directions.load(tmp_path / "none", expect=EXPECT), "no direction at", "01_extraction")
-
-
-def one_sentence(call, *words):
-    with pytest.raises(CompendiumError) as caught:
-        call()
-    text = str(caught.value)
-    assert "\n" not in text and text.endswith(".")
-    for word in words:
-        assert word in text, f"{word!r} is not in: {text}"

@@ -38,9 +38,11 @@ def unquoted(prompt_set):
     return next(text for text in prompts.load(prompt_set)["text"] if "," not in text and '"' not in text)
 
 
-STEERING, HOOKS = "lib/refusal/steering.py", "test_steering.py::test_nnsight_equals_plain_hooks[llama]"
+STEERING, ENGINE, CONDITIONS = (f"lib/refusal/{name}.py" for name in ("steering", "engine", "conditions"))
+HOOKS = "test_steering.py::test_nnsight_equals_plain_hooks[llama]"
 EVERY = "test_steering.py::test_every_token_but_padding_is_steered[llama-{}]"
 ENDING = "test_steering.py::test_rows_that_end_leave_the_others_as_they_are[llama]"
+NLL = "test_steering.py::test_reference_nll_is_that_of_the_unsteered_model[llama]"
 HIDDEN = "test_activations.py::test_activations_equal_hidden_states[llama]"
 MUTATIONS = [
     Mutation(
@@ -52,16 +54,23 @@ MUTATIONS = [
     ),
     Mutation(
         "layer shifted by one when steering",
-        STEERING,
-        "else blocks(model)[layer]",
-        "else blocks(model)[layer + 1]",
-        (EVERY.format("True"), "test_steering.py::test_adding_equals_a_bias_of_the_module_before[llama-layers0]"),
+        ENGINE,
+        "every[layer].output = edit(every[layer].output, layer)",
+        "every[layer].output = edit(every[layer].output, layer - 1)",
+        ("test_steering.py::test_adding_equals_a_bias_of_the_module_before[llama-layers1]",),
+    ),
+    Mutation(
+        "branch leaves the trunk one layer early",
+        ENGINE,
+        "tap = trunk.taps.index(first) if own else 0",
+        "tap = max(trunk.taps.index(first) - 1, 0) if own else 0",
+        (HOOKS,),
     ),
     Mutation(
         "layer shifted by one when capturing",
         "lib/refusal/activations.py",
-        "for block in blocks(model)]",
-        "for block in [model.lm.model.embed_tokens, *blocks(model)[:-1]]]",
+        "trunk.rest[:, :, -1]",
+        "trunk.rest.roll(1, 0)[:, :, -1]",
         (HIDDEN,),
     ),
     Mutation(
@@ -73,42 +82,42 @@ MUTATIONS = [
     ),
     Mutation(
         "only the prefill steered",
-        STEERING,
-        "mask = mask.new_ones(len(hidden), hidden.shape[1])",
-        "mask = mask.new_zeros(len(hidden), hidden.shape[1])",
+        ENGINE,
+        "shown = 1 if mask is None else mask[:, :, None]",
+        "shown = 0 if mask is None else mask[:, :, None]",
         (HOOKS, "test_planted.py::test_every_generated_token_is_decided_anew"),
     ),
     Mutation(
         "padding steered",
-        STEERING,
-        "mask = attention_mask.bool().clone()",
-        "mask = torch.ones_like(attention_mask).bool()",
+        ENGINE,
+        "mask = valid.clone()",
+        "mask = torch.ones_like(valid)",
         (EVERY.format("True"), EVERY.format("False")),
     ),
     Mutation(
         "shared beginning not steered",
-        STEERING,
-        "_edits(different, ",
-        "_edits([baseline() for _ in different], ",
+        ENGINE,
+        "mask = few.prompt_mask(valid, last_column=False)",
+        "mask = torch.zeros_like(valid)",
         (EVERY.format("True"),),
     ),
     Mutation(
         "whole prompt steered where only its last token should be",
-        STEERING,
-        "mask[row, : -1 if last_column else None] = False",
+        ENGINE,
+        "mask[self.last_only[self.row], : -1 if last_column else None] = False",
         "pass",
         (HOOKS,),
     ),
     Mutation(
         "last token of the padded side taken",
         "lib/refusal/activations.py",
-        "block.output[:, -1].clone()",
-        "block.output[:, 0].clone()",
+        "trunk.rest[:, :, -1]",
+        "trunk.rest[:, :, 0]",
         ("test_activations.py::test_the_last_token_is_that_of_the_generation_prompt[llama]",),
     ),
     Mutation(
         "alpha without raw_norm",
-        STEERING,
+        CONDITIONS,
         "alpha * directions.raw_norm[index, None] * directions.unit[index]",
         "alpha * directions.unit[index]",
         (
@@ -118,7 +127,7 @@ MUTATIONS = [
     ),
     Mutation(
         "half of the direction ablated",
-        STEERING,
+        ENGINE,
         ".sum(-1, keepdim=True) * unit",
         ".sum(-1, keepdim=True) * unit / 2",
         ("test_steering.py::test_ablating_equals_orthogonalised_weights[llama]", HOOKS),
@@ -126,37 +135,51 @@ MUTATIONS = [
     Mutation(
         "samples that depend on the seed alone",
         STEERING,
-        'sha256_text(f"{row.seed}|{text}")',
-        'sha256_text(f"{row.seed}")',
+        'sha256_text(f"{seed}|{text}")',
+        'sha256_text(f"{seed}")',
         ("test_planted.py::test_prompts_are_sampled_independently",),
     ),
     Mutation(
         "the same random number at every step",
         STEERING,
-        "uniforms[running, step]",
-        "uniforms[running, 0]",
+        "plain, uniform[:, number], token",
+        "plain, uniform[:, 0], token",
         ("test_steering.py::test_sampled_frequencies_follow_softmax[llama]",),
     ),
     Mutation(
         "rows steered by their neighbours' vectors once some have ended",
         STEERING,
-        "{k: v[rows] for k, v",
-        "{k: v[: len(rows)] for k, v",
+        "branch.edits.of(left)",
+        "branch.edits.of(slice(0, len(left)))",
         (ENDING,),
     ),
     Mutation(
-        "rows sampled by their neighbours' numbers once some have ended",
-        STEERING,
-        "uniforms[running, step]",
-        "uniforms[: len(running), step]",
+        "rows go on with their neighbours' keys once some have ended",
+        ENGINE,
+        "= buffer[index[moved], :, : extent.length]",
+        "= buffer[moved, :, : extent.length]",
         (ENDING,),
+    ),
+    Mutation(
+        "rows take their neighbours' place in the trunk once they part",
+        STEERING,
+        "node[running] = place[inverse]",
+        "node[running] = inverse",
+        (ENDING,),
+    ),
+    Mutation(
+        "reference NLL of the likeliest token",
+        STEERING,
+        "logits[local, token[row]].float()",
+        "logits[local, logits.max(-1).indices[local]].float()",
+        (NLL,),
     ),
     Mutation(
         "reference NLL of the first 8 tokens too",
         STEERING,
         "NLL_SKIP = 8",
         "NLL_SKIP = 0",
-        ("test_steering.py::test_reference_nll_equals_a_loop_over_tokens[llama]",),
+        (NLL,),
     ),
     Mutation(
         "ties go to the higher layer",

@@ -9,11 +9,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
+import twin
 
-from refusal import chunks, records, runs, summaries
+from refusal import chunks, directions, models, prompts, records, runs, steering, summaries
 from refusal.files import ROOT
 
 pytestmark = pytest.mark.slow
@@ -125,16 +125,30 @@ def test_replay_draws_what_is_committed(notebook: str, tmp_path: Path) -> None:
     assert not (tmp_path / "no models here").exists()
 
 
-def test_reference_nll_of_generation_equals_scoring() -> None:
-    """On the real model in bfloat16, the NLL noted while generating is that of a second pass, up to rounding."""
-    from refusal import models, prompts, steering
-
-    model = models.load(MODEL)
-    texts = prompts.load("harmless_extraction")["text"].tolist()[:6]
-    made = [row[0] for row in steering.generate(model, texts, [steering.sampled(1)], max_new_tokens=24)]
-    scored = steering.reference_nll(model, texts, [completion.token_ids for completion in made])
-    own = [completion.own_nll for completion in made]
-    assert np.allclose(own, scored, atol=0.05, equal_nan=True)
+def test_the_engine_equals_the_plain_way_on_the_real_model() -> None:
+    """In float32, token for token, up to the first step at which the two top logits lie within 1e-4."""
+    model = models.load(MODEL, "float32")
+    made, layer = directions.load(ROOT / "data" / "directions" / f"{MODEL}.safetensors", expect={"model": MODEL})
+    conditions = [
+        steering.baseline(),
+        steering.add(made, layer, 1.0),
+        steering.add(made, layer, -1.0),
+        steering.add(made, [layer - 8, layer], 0.5),
+        steering.ablate(made, layer),
+    ]
+    harmful = prompts.load("harmful_evaluation")["text"]
+    texts = [harmful.loc[harmful.str.len().idxmin()], "Write one line about rain. " * 9]
+    rows = steering.generate(model, texts, conditions, max_new_tokens=10)
+    for text, row in zip(texts, rows, strict=True):
+        for condition, completion in zip(conditions, row, strict=True):
+            ids, reason, gaps = twin.generate(model, text, condition, 10)
+            same = sum(a == b for a, b in zip(completion.token_ids, ids, strict=False))
+            equal = (completion.token_ids, completion.stop_reason) == (ids, reason)
+            assert equal or gaps[same] < 1e-4, (condition.name, same, gaps[same])
+    assert len({completion.token_ids for row in rows for completion in row}) > 5
+    ids = rows[1][1].token_ids
+    expected = twin.reference_nll(model, texts[1], ids, conditions[0])
+    assert rows[1][1].reference_nll == pytest.approx(expected, abs=1e-3, nan_ok=True)
 
 
 def test_runs_refuse_what_they_cannot_replay(tmp_path: Path) -> None:

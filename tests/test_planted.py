@@ -174,11 +174,10 @@ def test_every_generated_token_is_decided_anew(one, extracted, harmless):
     assert words == [REFUSAL.split()[0], *COMPLIANCE.split()[1:]]
 
     for position in ("all", "last"):
-        for use_cache in (True, False):
-            condition = steering.add(extracted, one.onset, 1.0, position=position)
-            made = steering.generate(one.model, harmless[:2], [condition], max_new_tokens=NEW, use_cache=use_cache)
-            assert [row[0].text for row in made] == [REFUSAL, REFUSAL]
-            assert {row[0].stop_reason for row in made} == {"stop"}
+        condition = steering.add(extracted, one.onset, 1.0, position=position)
+        made = steering.generate(one.model, harmless[:2], [condition], max_new_tokens=NEW)
+        assert [row[0].text for row in made] == [REFUSAL, REFUSAL]
+        assert {row[0].stop_reason for row in made} == {"stop"}
 
 
 # ---- labels
@@ -206,7 +205,7 @@ def test_degeneration_is_seen_beyond_the_planted_alpha(breaking, harmful, harmle
             "text": [completion.text for completion in completions],
             "prompt": owners,
             "n_tokens": [len(completion.token_ids) for completion in completions],
-            "reference_nll": steering.reference_nll(model, owners, [c.token_ids for c in completions]),
+            "reference_nll": [completion.reference_nll for completion in completions],
             "component": [4.0 * (p.split()[0] in HARMFUL) + 4.0 * a for p in prompts for a in alphas],
         }
     )

@@ -8,10 +8,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from plain import PROMPTS, Plain
+import twin
+from plain import PROMPTS, Plain, one_sentence
 from scipy import stats
 
-from refusal import models, prefixes, steering
+from refusal import engine, models, prefixes, steering
 from refusal.directions import Directions
 from refusal.files import CompendiumError
 from refusal.steering import Condition
@@ -135,11 +136,63 @@ def test_ablating_equals_orthogonalised_weights(architecture, directions):
 # ---- cache and batch
 
 
-def test_with_cache_and_shared_beginning_equals_without(model, conditions):
-    some = PROMPTS[:3]
-    made = tokens(steering.generate(model, some, conditions, max_new_tokens=12))
-    assert tokens(steering.generate(model, some, conditions, max_new_tokens=12, share=False)) == made
-    assert tokens(steering.generate(model, some, conditions, max_new_tokens=12, use_cache=False)) == made
+def test_with_cache_and_sharing_equals_without(model, conditions):
+    """Keys and values, the trunk and the prompts' common beginning against passes that begin anew at every token."""
+    made = steering.generate(model, PROMPTS, conditions, max_new_tokens=8)
+    for text, row in zip(PROMPTS, made, strict=True):
+        for condition, completion in zip(conditions, row, strict=True):
+            ids, reason, _ = twin.generate(model, text, condition, 8)
+            assert (completion.token_ids, completion.stop_reason) == (ids, reason), condition.name
+
+
+@pytest.mark.parametrize("score", [True, False])
+def test_what_is_shared_changes_nothing(model, conditions, monkeypatch, score):
+    """Without a common beginning, in passes of one prompt, and with a trunk row a row: the same tokens."""
+    usual = steering.generate(model, PROMPTS, conditions, max_new_tokens=NEW, score=score)
+    encode, divide = engine.encode, steering._divide
+
+    def alone(node, token, running):
+        """Rows that say the same part all the same: the token is told from its neighbours' by its row."""
+        row = torch.arange(len(node))
+        parents, both = divide(node, token + (row << 16), running)
+        return parents, both & (2**16 - 1)
+
+    monkeypatch.setattr(engine, "PASS_TOKENS", 1)
+    monkeypatch.setattr(engine, "HEAD_ROWS", 7)
+    assert tokens(steering.generate(model, PROMPTS, conditions, max_new_tokens=NEW, score=score)) == tokens(usual)
+    monkeypatch.setattr(engine, "encode", lambda model, texts: encode(model, texts, share=False))
+    monkeypatch.setattr(steering, "_divide", alone)
+    again = steering.generate(model, PROMPTS, conditions, max_new_tokens=NEW, score=score)
+    assert tokens(again) == tokens(usual)
+    for rows, others in zip(again, usual, strict=True):
+        for one, other in zip(rows, others, strict=True):
+            assert one.reference_nll == pytest.approx(other.reference_nll, rel=1e-4, nan_ok=True)
+            assert score or math.isnan(one.reference_nll) or one.token_ids == rows[0].token_ids
+
+
+def test_rows_that_say_the_same_share_the_trunk(model, directions, monkeypatch):
+    """Four times the same condition costs the trunk no more rows than once."""
+    counts, step = [], engine.step
+
+    def counted(model, keys, token, valid, **where):
+        counts.append((where["top"], len(token)))
+        return step(model, keys, token, valid, **where)
+
+    monkeypatch.setattr(engine, "step", counted)
+    same = [steering.add(directions, 2, 1.0)] * 4
+    made = steering.generate(dataclasses.replace(model, stop_ids=(-1,)), PROMPTS, same, max_new_tokens=6, score=False)
+    assert counts == [(2, len(PROMPTS)), (3, 4 * len(PROMPTS))] * 5
+    assert all(row == [row[0]] * 4 for row in tokens(made))
+
+
+@pytest.mark.parametrize("count", [1, 2, 200])
+def test_any_number_of_rows(model, plain, directions, count):
+    """One row, two, and 200 (50 conditions), which divide, move and end in one batch."""
+    steered = [steering.add(directions, 1 + n % 2, (n - 25) / 10) for n in range(50)]
+    texts = PROMPTS if count == 200 else PROMPTS[3:]
+    wanted = steered[:count]
+    for text, row in zip(texts, tokens(steering.generate(model, texts, wanted, max_new_tokens=12)), strict=True):
+        assert row == [plain.generate(text, condition, 12) for condition in wanted]
 
 
 def test_a_batch_equals_single_prompts_and_conditions(model, conditions):
@@ -165,7 +218,9 @@ def test_rows_that_end_leave_the_others_as_they_are(model, conditions):
         for (ids, reason), (all_ids, _) in zip(row, unstopped, strict=True):
             first = next((place for place, token in enumerate(all_ids) if token in stops), NEW)
             assert (ids, reason) == (all_ids[:first], "stop" if first < NEW else "length")
-    assert tokens(steering.generate(ends, PROMPTS, some, max_new_tokens=NEW, use_cache=False)) == made
+    for text, row in zip(PROMPTS, made, strict=True):
+        alone = [steering.generate(ends, [text], [condition], max_new_tokens=NEW) for condition in some]
+        assert row == [tokens(one)[0][0] for one in alone]
     lengths = [len(ids) for row in made for ids, _ in row]
     assert len(set(lengths)) > 6 and max(lengths) > NEW / 2
 
@@ -179,71 +234,76 @@ def test_nothing_to_do_is_done(model):
 
 
 @pytest.mark.parametrize("share", [True, False])
-def test_every_token_but_padding_is_steered(model, plain, directions, share):
-    """The residual stream's change at every position and step of a padded batch, shared beginning included.
+def test_every_token_but_padding_is_steered(model, plain, directions, share, monkeypatch):
+    """The residual stream's change at every position and step, shared beginning included; padding is left alone.
 
     What enters the block after the steered one is held against what an unsteered model makes of the same tokens there:
     blocks up to the steered one cannot know of the steering but through the tokens.
     """
     layer, new = 1, 6
     conditions = [
-        steering.baseline(),
         steering.add(directions, layer, 1.0),
         steering.add(directions, layer, -2.0, position="last"),
         ablate_at(directions, layer),
         ablate_at(directions, layer, position="last"),
+        steering.add(directions, layer, 0.0),
     ]
-    model, rows = dataclasses.replace(model, stop_ids=(-1,)), len(PROMPTS) * len(conditions)  # so that no row ends
-    prefix, inputs = prefixes.batch(model, [text for text in PROMPTS for _ in conditions], share)
-    assert (prefix.shape[1] > 10) == share
-    streams, tokens_in, places = [], [], []
+    model = dataclasses.replace(model, stop_ids=(-1,))  # so that no row ends
+    encode, seen, padding = engine.encode, [], []
+    monkeypatch.setattr(engine, "encode", lambda model, texts: encode(model, texts, share))
+    monkeypatch.setattr(engine, "PASS_TOKENS", 10_000)  # all rows in a pass, so that the shorter prompts are padded
+    run = engine.run
 
-    def note(where, name):
-        def hook(module, args, kwargs):
-            seen = kwargs.get(name, args[-1] if args else None)
-            repeats = rows // len(seen)  # the shared beginning has a row a condition
-            where.append(seen.clone().repeat(repeats, *[1] * (seen.ndim - 1)))
+    def watched(model, keys, inputs, **where):
+        if where.get("first") == layer:
+            kept = []
+            hook = model.hf.model.layers[layer + 1].register_forward_pre_hook(
+                lambda module, args, kwargs: kept.append(kwargs.get("hidden_states", args[0] if args else None)),
+                with_kwargs=True,
+            )
+            try:
+                done = run(model, keys, inputs, **where)
+            finally:
+                hook.remove()
+            (entered,) = kept
+            pads = inputs["attention_mask"][:, -entered.shape[1] :] == 0
+            padding.append((entered - where["entering"])[pads])
+            seen.append((where["edits"].row, inputs, entered))
+            return done
+        return run(model, keys, inputs, **where)
 
-        return hook
-
-    handles = [
-        module.register_forward_pre_hook(note(where, name), with_kwargs=True)
-        for module, where, name in (
-            (model.hf.model.layers[layer + 1], streams, "hidden_states"),
-            (model.hf.model.embed_tokens, tokens_in, "input"),
-            (model.hf.model.rotary_emb, places, "position_ids"),
-        )
-    ]
-    try:
-        steering.generate(model, PROMPTS, conditions, max_new_tokens=new, share=share)
-    finally:
-        for handle in handles:
-            handle.remove()
-    after, ids = torch.cat(streams, dim=1), torch.cat(tokens_in, dim=1)
-    prompt = inputs["attention_mask"]
-    end = prompt.shape[1]
-    assert (ids[:, :end] == inputs["input_ids"]).all() and ids.shape[1] == end + new - 1
-    mask = torch.cat([prompt, torch.ones_like(ids[:, end:])], dim=1)
-    positions = torch.cat(places, dim=1)  # those of padding say nothing, but decide what the padding's stream is
-    assert (positions == mask.cumsum(1) - 1)[mask.bool()].all()
-    with torch.no_grad():
-        before = plain.hf(ids, attention_mask=mask, position_ids=positions, output_hidden_states=True).hidden_states[
-            layer + 1
-        ]
-
-    unit = directions.unit[layer]
-    added = (directions.raw_norm[layer] * unit).expand_as(before)
-    shadow = -(before @ unit)[..., None] * unit
-    kinds = [torch.zeros_like(before), added, -2 * added, shadow, shadow]
-    for row in range(rows):
-        kind = row % len(conditions)
-        steered = mask[row].bool().clone()
-        if conditions[kind].position == "last":
-            steered[: end - 1] = False
-        expected = kinds[kind][row] * steered[:, None]
-        torch.testing.assert_close(after[row] - before[row], expected, rtol=0, atol=2e-4)
-        assert (mask[row] == 0).any() or row // len(conditions) == 2
-        assert kind == 0 or (expected[steered].norm(dim=-1) > 0.01).float().mean() > 0.9
+    monkeypatch.setattr(engine, "run", watched)
+    made = steering.generate(model, PROMPTS, conditions, max_new_tokens=new)
+    # the padding's stream is that of the trunk
+    assert sum(len(pads) for pads in padding) > 100 and all(not pads.any() for pads in padding)
+    if share:
+        beginning, *seen = seen
+        assert beginning[2].shape[:2] == (len(conditions), 23) or beginning[2].shape[1] > 10
+    order = encode(model, PROMPTS, share).order
+    unit, kinds = directions.unit[layer], set()
+    for row in range(len(PROMPTS) * len(conditions)):
+        prompt, condition = order[row // len(conditions)], row % len(conditions)
+        streams = []
+        for rows, inputs, entered in seen:
+            valid = inputs["attention_mask"][row, -entered.shape[1] :].bool()
+            assert rows[row] == condition, (row, rows, len(seen))
+            streams.append(entered[row][valid])
+        stream = torch.cat(streams)
+        if share:
+            stream = torch.cat([beginning[2][condition], stream])
+        ids = torch.cat([plain.ids(PROMPTS[prompt])[0], torch.tensor(made[prompt][condition].token_ids[:-1])])
+        assert len(stream) == len(ids)
+        with torch.no_grad():
+            before = plain.hf(ids[None], output_hidden_states=True).hidden_states[layer + 1][0]
+        steered = torch.ones(len(ids), 1)
+        if conditions[condition].position == "last":
+            steered[: len(ids) - new] = 0
+        added = directions.raw_norm[layer] * unit
+        shadow = -(before @ unit)[:, None] * unit
+        expected = [added, -2 * added, shadow, shadow, 0 * added][condition] * steered
+        torch.testing.assert_close(stream - before, expected.expand_as(before), rtol=0, atol=2e-4)
+        kinds.add(condition)
+    assert kinds == set(range(len(conditions)))
 
 
 def test_what_padding_holds_changes_nothing(model, conditions, monkeypatch):
@@ -261,10 +321,10 @@ def test_what_padding_holds_changes_nothing(model, conditions, monkeypatch):
         return prefix, {**batch, "input_ids": torch.where(pads, litter, batch["input_ids"])}
 
     monkeypatch.setattr(prefixes, "batch", littered)
+    monkeypatch.setattr(engine, "PASS_TOKENS", 10_000)  # all prompts in a pass, so that padding is computed
     assert tokens(steering.generate(model, PROMPTS, conditions, max_new_tokens=8)) == made
-    assert tokens(steering.generate(model, PROMPTS, conditions, max_new_tokens=8, share=False)) == made
     torch.testing.assert_close(steering.screen(model, PROMPTS, conditions, openings), screened, rtol=0, atol=1e-4)
-    assert padded > 1000
+    assert padded > 200
 
 
 # ---- sampling
@@ -324,57 +384,37 @@ def test_sampled_frequencies_follow_softmax(model, plain):
 # ---- reference NLL and screen
 
 
-def test_reference_nll_equals_a_loop_over_tokens(model, plain):
-    generator = torch.Generator().manual_seed(4)
-    lengths = [30, 0, 8, 9, 17, 1, 40, 12]
-    prompts = [PROMPTS[i % len(PROMPTS)] for i in range(len(lengths))]
-    completions = [torch.randint(3, 400, (length,), generator=generator).tolist() for length in lengths]
-    expected = []
-    for text, ids in zip(prompts, completions, strict=True):
-        losses, row = [], plain.ids(text)
-        for place, token in enumerate(ids):
-            with torch.no_grad():
-                log_p = torch.log_softmax(plain.hf(row).logits[0, -1].double(), -1)
-            if place >= 8:
-                losses.append(-float(log_p[token]))
-            row = torch.cat([row, torch.tensor([[token]])], dim=1)
-        expected.append(sum(losses) / len(losses) if losses else math.nan)
-    assert np.isnan(expected).tolist() == [length <= 8 for length in lengths]
-    for rows in (16, 3):
-        np.testing.assert_allclose(steering.reference_nll(model, prompts, completions, rows), expected, rtol=1e-4)
+def test_reference_nll_is_that_of_the_unsteered_model(model, conditions):
+    """Whatever was done to the row: read off the trunk, which sees the same tokens."""
+    some = [*conditions, steering.sampled(3)]
+    texts = PROMPTS[1:]
+    made = steering.generate(model, texts, some, max_new_tokens=14)
+    nothing, values = steering.baseline(), []
+    for text, row in zip(texts, made, strict=True):
+        for completion in row:
+            values.append(completion.reference_nll)
+            expected = twin.reference_nll(model, text, completion.token_ids, nothing)
+            assert completion.reference_nll == pytest.approx(expected, rel=1e-3, nan_ok=True)
+    assert np.isfinite(values).mean() > 0.7
+    # under the model as it was steered it would be another
+    ids = made[0][1].token_ids
+    own = twin.reference_nll(model, texts[0], ids, conditions[1])
+    assert abs(own - made[0][1].reference_nll) > 0.01
+    short = steering.generate(model, texts, some, max_new_tokens=8)
+    assert all(math.isnan(completion.reference_nll) for row in short for completion in row)
 
 
-def test_own_nll_is_that_of_the_model_as_it_generated(model, plain, conditions):
-    """Without an intervention it is the reference NLL; with one, that of the steered model."""
-    unsteered = [steering.baseline(), *(steering.sampled(seed) for seed in range(4))]
-    made = steering.generate(model, PROMPTS[:2], unsteered, max_new_tokens=16)
-    flat = [(text, completion) for text, row in zip(PROMPTS, made, strict=False) for completion in row]
-    expected = steering.reference_nll(model, [text for text, _ in flat], [c.token_ids for _, c in flat])
-    np.testing.assert_allclose([completion.own_nll for _, completion in flat], expected, rtol=1e-4)
-
-    for condition in conditions[1:]:
-        ((completion,),) = steering.generate(model, PROMPTS[1:2], [condition], max_new_tokens=16)
-        losses, row = [], plain.ids(PROMPTS[1])
-        with plain.steered(condition), torch.no_grad():
-            cache = None
-            for place, token in enumerate(completion.token_ids):
-                output = plain.hf(row if cache is None else row[:, -1:], past_key_values=cache, use_cache=True)
-                cache = output.past_key_values
-                if place >= 8:
-                    losses.append(-float(torch.log_softmax(output.logits[0, -1].double(), -1)[token]))
-                row = torch.cat([row, torch.tensor([[token]])], dim=1)
-        assert completion.own_nll == pytest.approx(np.mean(losses) if losses else math.nan, rel=1e-3, nan_ok=True)
-
-
-def test_screen_equals_hooked_logits(model, plain, conditions):
+def test_screen_equals_hooked_logits(model, plain, conditions, monkeypatch):
     openings = [5, 17, 60, 201]
     expected = torch.empty(len(PROMPTS), len(conditions), dtype=torch.float64)
     for i, text in enumerate(PROMPTS):
         for j, condition in enumerate(conditions):
             p = plain.logits(text, condition).softmax(-1)[openings].sum()
             expected[i, j] = torch.log(p / (1 - p))
-    for rows in (32, 7):
-        screened = steering.screen(model, PROMPTS, conditions, openings, rows)
+    for rows, at_once in ((512, 64), (7, 64), (512, 3), (1, 1)):
+        monkeypatch.setattr(steering, "ROWS", rows)
+        monkeypatch.setattr(steering, "PROMPTS", at_once)
+        screened = steering.screen(model, PROMPTS, conditions, openings)
         assert screened.dtype == torch.float32
         torch.testing.assert_close(screened.double(), expected, rtol=1e-3, atol=1e-3)
     assert expected.std(dim=1).min() > 0.1
@@ -436,12 +476,3 @@ def test_vectors_must_have_the_model_s_width(tiny_models):
         lambda: steering.screen(tiny_models["llama"], ["Hi"], [condition], [5]),
     ):
         one_sentence(call, "'wide +1'", "(1, 48)", "(1, 32)")
-
-
-def one_sentence(call, *words):
-    with pytest.raises(CompendiumError) as caught:
-        call()
-    text = str(caught.value)
-    assert "\n" not in text and text.endswith(".")
-    for word in words:
-        assert word in text, f"{word!r} is not in: {text}"

@@ -34,6 +34,7 @@ def install(root, model, setattr=setattr, weights_sha256=WEIGHTS, stop=("<|endof
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "provenance.json").write_text(json.dumps({"weights_sha256": weights_sha256}))
     (folder / "model.safetensors").write_bytes(b"\0" * 1000)
+    (folder / "config.json").write_text(model.hf.config.to_json_string())
 
     def load(model_id, dtype="auto"):
         assert model_id == ID

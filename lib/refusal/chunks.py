@@ -14,7 +14,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import psutil
 import pyarrow as pa
@@ -23,13 +22,25 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from refusal import activations, conversion, directions, models, prefixes, prompts, steering, weights
+from refusal import (
+    activations,
+    conditions,
+    conversion,
+    directions,
+    engine,
+    models,
+    prefixes,
+    prompts,
+    steering,
+    weights,
+)
+from refusal.conditions import Condition
 from refusal.files import ROOT, atomic, progress, sha256_file, sha256_text
-from refusal.steering import Condition
 
-DECIDE_TOKENS = (conversion, models, prefixes, directions, steering)
+DECIDE_TOKENS = (conversion, models, prefixes, directions, conditions, engine, steering)
 DECIDE_METRICS = (*DECIDE_TOKENS, activations)
-ROW_BYTES = 12e6  # measured peak a row of the 0.5B with 48 new tokens: keys, values, logits in float32, sampling
+PROMPT_TOKENS = 128
+FIXED_BYTES = 1.2e9  # the libraries, and the vocabulary's logits of a block of rows: measured on the 0.5B
 
 
 @dataclass
@@ -97,18 +108,34 @@ def key(store: Store, modules: Sequence[ModuleType], *parts: object) -> str:
     return sha256_text(json.dumps([store.model, known, _sources(modules), *parts], sort_keys=True))[:32]
 
 
-def rows_that_fit(rows: int, weights_bytes: float, memory: float | None = None) -> int:
+def row_bytes(folder: Path, dtype: str, tokens: int) -> float:
+    """What a row takes in memory: keys and values of trunk and branch, so many tokens beyond a prompt of 128.
+
+    Args:
+        folder: Of the model, with its config.json.
+        dtype: "bfloat16" or "float32".
+        tokens: The most that are generated.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    heads = config["num_attention_heads"]
+    width = config.get("head_dim") or config["hidden_size"] // heads
+    each = 2 * config["num_hidden_layers"] * config.get("num_key_value_heads", heads) * width
+    return 2.0 * each * (2 if dtype == "bfloat16" else 4) * (PROMPT_TOKENS + tokens)
+
+
+def rows_that_fit(rows: int, row: float, weights_bytes: float, memory: float | None = None) -> int:
     """The row count, halved until a batch fits half of the memory that the weights leave.
 
     It follows from the machine's size, not from what happens to be free, so that a resumed run cuts the same chunks.
 
     Args:
         rows: What the parameters ask for.
+        row: Bytes a row, of `row_bytes`.
         weights_bytes: Size of the weights in memory.
         memory: Bytes; None for this machine's (or its control group's, or its process limit).
     """
     memory = memory or _memory()
-    while rows > 1 and rows * ROW_BYTES > 0.5 * max(memory - 1.5 * weights_bytes, 0):
+    while rows > 1 and rows * row > 0.5 * max(memory - 1.5 * weights_bytes - FIXED_BYTES, 0):
         rows //= 2
     return rows
 
@@ -165,17 +192,11 @@ def _generate(
             "n_tokens": len(completion.token_ids),
             "stop_reason": completion.stop_reason,
             "text": completion.text,
+            "reference_nll": completion.reference_nll,
         }
         for prompt_id, row in zip(chunk["prompt_id"], made, strict=True)
         for condition, completion in zip(conditions, row, strict=True)
     )
-    # Without an intervention, the model that generated is the reference; only the others are scored in a second pass.
-    measured["reference_nll"] = [completion.own_nll for row in made for completion in row]
-    steered = np.tile([condition.operation != "none" for condition in conditions], len(texts))
-    if steered.any():
-        repeated = np.repeat(texts, len(conditions))[steered].tolist()
-        ids = measured["token_ids"][steered].tolist()
-        measured.loc[steered, "reference_nll"] = steering.reference_nll(model, repeated, ids)
     write(store, measured, path, began)
     return measured
 
@@ -206,7 +227,8 @@ def read(store: Store, path: Path) -> pd.DataFrame | None:
 def last_tokens(store: Store, frame: pd.DataFrame) -> torch.Tensor:
     """Last-token activations `[prompts, layers, width]` of prompts, kept as one chunk."""
     path = (
-        store.folder / f"{key(store, (conversion, models, prefixes, activations), prompts.digest(frame))}.safetensors"
+        store.folder
+        / f"{key(store, (conversion, models, prefixes, engine, activations), prompts.digest(frame))}.safetensors"
     )
     with contextlib.suppress(FileNotFoundError, SafetensorError, KeyError):  # missing, or damaged
         return load_file(path)["activations"]

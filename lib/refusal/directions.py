@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from sklearn.metrics import roc_auc_score
+from scipy.stats import rankdata
 
 from refusal import __version__
 from refusal.files import CompendiumError, atomic
@@ -148,7 +148,8 @@ def profile(
     note("d_prime", _d_prime(*projections))
 
     boots = np.stack([_d_prime(*(p[rng.integers(0, len(p), len(p))] for p in projections)) for _ in range(bootstraps)])
-    norms = _bootstrap_norms(harmful, harmless, bootstraps, rng)
+    resampled = (rng.multinomial(len(x), np.full(len(x), 1 / len(x)), size=bootstraps) for x in (harmful, harmless))
+    norms = _differences(harmful, harmless, *resampled).norm(dim=-1).numpy()
     for tail, share in (("low", 0.025), ("high", 0.975)):
         note(f"d_prime_{tail}", np.quantile(boots, share, axis=0))
         # Noise lengthens a mean difference, and resampling adds as much again: percentiles would lie above the truth,
@@ -157,46 +158,51 @@ def profile(
         note(f"raw_norm_{tail}", np.sqrt(np.maximum(squared, 0)))
 
     smaller = min(len(harmful), len(harmless))
-    for draw in range(halves):
-        note("split_half_cosine", _half_cosine(harmful, harmless, smaller // 2, rng), draw=draw)
+    for draw, cosine in enumerate(_half_cosines(harmful, harmless, smaller // 2, halves, rng)):
+        note("split_half_cosine", cosine, draw=draw)
     for count in [n for n in PROMPT_COUNTS if n <= smaller]:
-        for draw in range(draws if count < smaller else 1):
-            subset = extract(_choose(harmful, count, rng), _choose(harmless, count, rng), f"extracted[{count}]")
-            some = _project(held_out_harmful, subset.unit), _project(held_out_harmless, subset.unit)
-            note("auroc", _auroc(*some), subset.id, draw)
-            note("d_prime", _d_prime(*some), subset.id, draw)
-            note("raw_norm", subset.raw_norm.numpy(), subset.id, draw)
-            note("cosine_to_full", (subset.unit * direction.unit).sum(-1).numpy(), subset.id, draw)
-            if 2 * count <= smaller:
-                note("split_half_cosine", _half_cosine(harmful, harmless, count, rng), subset.id, draw)
+        name, many = f"extracted[{count}]", draws if count < smaller else 1
+        subsets = _differences(harmful, harmless, *(_subset(len(x), count, many, rng) for x in (harmful, harmless)))
+        norms = subsets.norm(dim=-1)
+        for draw, (norm, unit) in enumerate(zip(norms, (subsets / norms[..., None]).float(), strict=True)):
+            some = _project(held_out_harmful, unit), _project(held_out_harmless, unit)
+            note("auroc", _auroc(*some), name, draw)
+            note("d_prime", _d_prime(*some), name, draw)
+            note("raw_norm", norm.float().numpy(), name, draw)
+            note("cosine_to_full", (unit * direction.unit).sum(-1).numpy(), name, draw)
+        if 2 * count <= smaller:
+            for draw, cosine in enumerate(_half_cosines(harmful, harmless, count, many, rng)):
+                note("split_half_cosine", cosine, name, draw)
     gram = direction.unit @ direction.unit.T
     for layer in layers:
         note("layer_cosine", gram[layer].numpy(), f"extracted@{layer}")
     return pd.concat(rows, ignore_index=True)
 
 
-def _choose(activations: torch.Tensor, count: int, rng: np.random.Generator) -> torch.Tensor:
-    return activations[torch.from_numpy(rng.permutation(len(activations))[:count])]
+def _subset(size: int, count: int, draws: int, rng: np.random.Generator) -> np.ndarray:
+    """Random subsets of `count` prompts, as rows of zeros and ones `[draws, size]`."""
+    return (rng.permuted(np.tile(np.arange(size), (draws, 1)), axis=1) < count).astype(float)
 
 
-def _half_cosine(harmful: torch.Tensor, harmless: torch.Tensor, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Cosine, a layer, between the directions from two disjoint random sets of `count` prompts a side."""
-    orders = [torch.from_numpy(rng.permutation(len(x))) for x in (harmful, harmless)]
-    first, second = (
-        mean_difference(harmful[orders[0][part]], harmless[orders[1][part]])
-        for part in (slice(0, count), slice(count, 2 * count))
+def _differences(harmful: torch.Tensor, harmless: torch.Tensor, *weights: np.ndarray) -> torch.Tensor:
+    """`mean_difference` of weighted prompts, float64 `[draws, layers, width]`: all draws in one product a side."""
+    means = []
+    for side, weight in zip((harmful, harmless), weights, strict=True):
+        share = torch.from_numpy(weight / weight.sum(1, keepdims=True))
+        means.append((share @ side.double().flatten(1)).unflatten(1, side.shape[1:]))
+    return means[0] - means[1]
+
+
+def _half_cosines(
+    harmful: torch.Tensor, harmless: torch.Tensor, count: int, draws: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Cosines `[draws, layers]` between the directions from two disjoint random sets of `count` prompts a side."""
+    orders = [rng.permuted(np.tile(np.arange(len(x)), (draws, 1)), axis=1) for x in (harmful, harmless)]
+    first = _differences(harmful, harmless, *((order < count).astype(float) for order in orders))
+    second = _differences(
+        harmful, harmless, *(((count <= order) & (order < 2 * count)).astype(float) for order in orders)
     )
     return torch.nn.functional.cosine_similarity(first, second, dim=-1).numpy()
-
-
-def _bootstrap_norms(harmful: torch.Tensor, harmless: torch.Tensor, draws: int, rng: np.random.Generator) -> np.ndarray:
-    """Bootstrap draws of raw_norm, `[draws, layers]`: resampling is a product with multinomial counts."""
-    means = []
-    for side in (harmful, harmless):
-        n = len(side)
-        weights = torch.from_numpy(rng.multinomial(n, np.full(n, 1 / n), size=draws)).float() / n
-        means.append((weights @ side.reshape(n, -1)).reshape(draws, *side.shape[1:]))
-    return (means[0] - means[1]).norm(dim=-1).numpy()
 
 
 def _project(activations: torch.Tensor, unit: torch.Tensor) -> np.ndarray:
@@ -204,9 +210,10 @@ def _project(activations: torch.Tensor, unit: torch.Tensor) -> np.ndarray:
 
 
 def _auroc(harmful: np.ndarray, harmless: np.ndarray) -> np.ndarray:
-    labels = np.r_[np.ones(len(harmful)), np.zeros(len(harmless))]
-    scores = np.concatenate([harmful, harmless])
-    return np.array([roc_auc_score(labels, scores[:, layer]) for layer in range(scores.shape[1])])
+    """AUROC of every layer at once, from ranks (Mann and Whitney): scikit-learn takes a layer at a time."""
+    n, m = len(harmful), len(harmless)
+    ranks = rankdata(np.concatenate([harmful, harmless]), axis=0)[:n]
+    return (ranks.sum(0) - n * (n + 1) / 2) / (n * m)
 
 
 def _d_prime(harmful: np.ndarray, harmless: np.ndarray) -> np.ndarray:

@@ -158,9 +158,6 @@ def wrap(
     hf.generation_config = GenerationConfig(
         do_sample=False, pad_token_id=tokenizer.pad_token_id, eos_token_id=list(stop_ids), use_cache=True
     )
-    # With logits at the last position only, transformers passes a strided slice on, for which torch multiplies in a
-    # batch and copies the whole weight once a row: 26 GB for 96 rows of the 0.5B.
-    hf.lm_head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
     model = Model(
         id=model_id,
         lm=lm,

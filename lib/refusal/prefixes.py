@@ -5,7 +5,6 @@ more than half of a prompt's tokens.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -45,21 +44,3 @@ def batch(model: Model, texts: Sequence[str], share: bool = True) -> tuple[torch
 def positions(attention_mask: torch.Tensor) -> torch.Tensor:
     """The position of every token in its own row, counted without padding."""
     return (attention_mask.cumsum(1) - 1).clamp(min=0)
-
-
-def unsteered_cache(model: Model, prefix: torch.Tensor, rows: int) -> Any | None:  # noqa: ANN401 - transformers' Cache
-    """Keys and values of the prefix for so many rows, from one row; None for an empty prefix."""
-    if prefix.shape[1] == 0:
-        return None
-    cache = model.hf.model(input_ids=prefix, use_cache=True).past_key_values
-    cache.batch_repeat_interleave(rows)
-    return cache
-
-
-def rest_of(inputs: dict[str, torch.Tensor], length: int) -> dict[str, torch.Tensor]:
-    """What remains to be computed after a prefix of so many tokens: the mask stays whole."""
-    return {
-        "input_ids": inputs["input_ids"][:, length:],
-        "attention_mask": inputs["attention_mask"],
-        "position_ids": positions(inputs["attention_mask"])[:, length:],
-    }

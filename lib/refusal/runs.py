@@ -134,8 +134,10 @@ def completions(
         if run.about["prompts"] != _digests(frame):
             raise CompendiumError(f"the record of {run.notebook} was made with other prompts: measure it again.")
         return run.frame
-    size = sum(path.stat().st_size for path in models.fetch(run.model).glob("*.safetensors"))
-    rows = chunks.rows_that_fit(int(run.parameters["rows"]), size)
+    folder = models.fetch(run.model)
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    row = chunks.row_bytes(folder, run.facts["dtype"], max_new_tokens)
+    rows = chunks.rows_that_fit(int(run.parameters["rows"]), row, size)
     title = f"{run.notebook}: {run.model}"
     raw = chunks.completions(run.store, frame, conditions, max_new_tokens=max_new_tokens, rows=rows, title=title)
     joined = raw.merge(frame.rename(columns={"text": "prompt"}), on="prompt_id", validate="many_to_one")
