@@ -11,6 +11,7 @@ from plain import one_sentence
 from safetensors import safe_open
 from safetensors.torch import save_file
 from scipy import stats
+from sklearn.metrics import roc_auc_score
 
 from refusal import directions
 
@@ -303,3 +304,33 @@ def test_another_file_or_none_is_refused(saved, tmp_path):
     save_file({"unit": torch.ones(2, 2)}, tmp_path / "other")
     one_sentence(lambda: directions.load(tmp_path / "other", expect=EXPECT), "no direction file")
     one_sentence(lambda: directions.load(tmp_path / "none", expect=EXPECT), "no direction at", "01_extraction")
+
+
+# ---- what is computed for all draws or layers at once
+
+
+def test_auroc_of_all_layers_equals_a_layer_at_a_time():
+    rng = np.random.default_rng(5)
+    harmful, harmless = rng.integers(0, 9, (30, 4)).astype(float), rng.integers(-2, 7, (21, 4)).astype(float)  # ties
+    labels = [1] * 30 + [0] * 21
+    slow = [roc_auc_score(labels, np.r_[harmful[:, layer], harmless[:, layer]]) for layer in range(4)]
+    np.testing.assert_allclose(directions._auroc(harmful, harmless), slow, rtol=1e-12)
+
+
+def test_differences_of_all_subsets_equal_a_subset_at_a_time():
+    rng = np.random.default_rng(6)
+    harmful, harmless = torch.randn(12, 3, 8), torch.randn(9, 3, 8)
+    weights = [directions._subset(len(x), 5, 7, rng) for x in (harmful, harmless)]
+    assert all((chosen.sum(1) == 5).all() for chosen in weights)
+    assert len({tuple(chosen) for chosen in weights[0]}) > 5
+    fast = directions._differences(harmful, harmless, *weights)
+    for draw in range(7):
+        a, b = (x[chosen[draw].astype(bool)] for x, chosen in zip((harmful, harmless), weights, strict=True))
+        torch.testing.assert_close(fast[draw], directions.mean_difference(a, b), rtol=1e-6, atol=1e-6)
+
+
+def test_split_halves_are_disjoint():
+    """With two prompts a side, of which each half has one, halves that share a prompt would show a cosine of 1."""
+    harmful, harmless = torch.randn(2, 3, 500), torch.zeros(2, 3, 500)
+    cosines = directions._half_cosines(harmful, harmless, 1, 20, np.random.default_rng(0))
+    assert cosines.shape == (20, 3) and np.abs(cosines).max() < 0.3

@@ -422,29 +422,21 @@ def test_holm_by_hand():
         statistics.holm({"a": 0.04, "b": math.nan})
 
 
-# --- separation ------------------------------------------------------------------------------------------------------
+# --- bootstrap -------------------------------------------------------------------------------------------------------
 
 
-def test_auroc_and_d_prime_by_hand():
-    assert statistics.auroc([0.1, 0.4, 0.35, 0.8], [0, 0, 1, 1]) == 0.75
-    assert statistics.auroc([1, 1], [True, False]) == 0.5
-    with pytest.raises(CompendiumError, match="two kinds"):
-        statistics.auroc([1, 2], [True, True])
-    # Variances 4 (n = 3) and 1/3 (n = 4): pooled (2 x 4 + 3 x 1/3) / 5 = 1.8; difference 1.5.
-    assert statistics.d_prime([0, 2, 4], [0, 0, 1, 1]) == pytest.approx(1.5 / math.sqrt(1.8))
-    rows = np.random.default_rng(0).normal(size=(3, 9))
-    assert statistics.d_prime(rows, rows[::-1]) == pytest.approx(
-        [float(statistics.d_prime(a, b)) for a, b in zip(rows, rows[::-1], strict=True)]
-    )
+def effect_size(a, b, axis=-1):
+    pooled = np.sqrt((np.var(a, axis=axis, ddof=1) + np.var(b, axis=axis, ddof=1)) / 2)
+    return (np.mean(a, axis=axis) - np.mean(b, axis=axis)) / pooled
 
 
 def test_bootstrap_interval():
     rng = np.random.default_rng(2)
     a, b = rng.normal(1, 1, 64), rng.normal(0, 1, 64)
-    once = statistics.bootstrap_interval(statistics.d_prime, a, b, seed=1)
-    assert once == statistics.bootstrap_interval(statistics.d_prime, a, b, seed=1)
-    assert once != statistics.bootstrap_interval(statistics.d_prime, a, b, seed=2)
-    assert once.low < statistics.d_prime(a, b) < once.high
+    once = statistics.bootstrap_interval(effect_size, a, b, seed=1)
+    assert once == statistics.bootstrap_interval(effect_size, a, b, seed=1)
+    assert once != statistics.bootstrap_interval(effect_size, a, b, seed=2)
+    assert once.low < effect_size(a, b) < once.high
     assert once.high - once.low == pytest.approx(2 * 1.96 * math.sqrt(2 / 64 + 1 / 4 / 64), rel=0.25)
     assert statistics.bootstrap_interval(np.mean, np.ones(20), seed=1) == statistics.Interval(1.0, 1.0)
 

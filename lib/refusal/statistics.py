@@ -17,7 +17,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy import optimize, stats
-from sklearn.metrics import roc_auc_score
 from statsmodels.stats import multitest, proportion
 from statsmodels.stats.power import NormalIndPower
 
@@ -272,24 +271,10 @@ def holm(pvalues: Mapping[str, float]) -> dict[str, float]:
     return dict(zip(pvalues, adjusted, strict=True))
 
 
-def auroc(scores: ArrayLike, labels: ArrayLike) -> float:
-    """Chance that a score with a true label exceeds one with a false label, ties counting half."""
-    if len(np.unique(np.asarray(labels))) != 2:
-        raise CompendiumError("AUROC compares two kinds of prompts: give scores with true and with false labels.")
-    return float(roc_auc_score(labels, scores))
-
-
-def d_prime(a: ArrayLike, b: ArrayLike, axis: int = -1) -> NDArray[np.float64]:
-    """(mean a - mean b) / pooled standard deviation, along `axis`."""
-    x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    n, m = x.shape[axis], y.shape[axis]
-    return (x.mean(axis) - y.mean(axis)) / np.sqrt((n * x.var(axis) + m * y.var(axis)) / (n + m - 2))
-
-
 def bootstrap_interval(statistic: Callable, *samples: ArrayLike, seed: int, draws: int = 1000) -> Interval:
     """95 % bootstrap interval (bias-corrected, accelerated), resampling each sample, of shape (size,), independently.
 
-    `statistic` takes samples of any size; one with an `axis` argument, such as `d_prime`, gets all resamples at once.
+    `statistic` takes samples of any size; one with an `axis` argument gets all resamples at once.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of that degenerate case, which is dealt with below
