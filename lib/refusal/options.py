@@ -13,6 +13,7 @@ EPILOG = """\
 commands:
   ./run_all.sh [options]  run: weights, notebooks, records, figures and the paper, into build/
   ./run_all.sh test       the tests, with the same set-up
+  ./run_all.sh bench      the benchmark of the steering engine, into benchmarks/results/; bench --help lists its options
 
 The environment lies in .venv; REFUSAL_ENV=active uses the active one (conda) instead. Weights lie in REFUSAL_CACHE,
 or else in ~/.cache/crystallized-safety. A run that was stopped goes on with the same command.
@@ -50,7 +51,7 @@ class Options:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message.rstrip('.')}; ./run_all.sh --help lists the options.\n")
+        self.exit(2, f"error: {message.rstrip('.')}; {self.prog} --help lists the options.\n")
 
 
 def _models() -> dict[str, str]:
@@ -124,8 +125,43 @@ def parse(arguments: Sequence[str]) -> Options:
     )
 
 
+@dataclass(frozen=True)
+class BenchOptions:
+    """What a benchmark is to do: the model, how many minutes it may take, and whether the largest cells are wanted."""
+
+    model: str
+    minutes: float
+    long: bool
+    fresh: bool
+
+
+def parse_bench(arguments: Sequence[str]) -> BenchOptions:
+    """The options of ./run_all.sh bench; a wrong one exits with a sentence."""
+    parser = _Parser(
+        prog="./run_all.sh bench",
+        description="Time the steering engine against what people use, and write benchmarks/results/.",
+        epilog="A benchmark that was stopped goes on with the same command. Nothing else should run meanwhile.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--model", default=DEFAULT_MODEL, metavar="ID", help=f"a model of data/models.yaml (default: {DEFAULT_MODEL})")
+    add("--minutes", type=float, default=60, metavar="N", help="leave out stages that would end later (default: 60)")
+    add("--long", action="store_true", help="the scaling table's cells of up to 6,144 rows as well")
+    add("--fresh", action="store_true", help="measure everything anew")
+    given = parser.parse_args(list(arguments))
+    registry = _models()
+    if given.model not in registry:
+        parser.error(f'there is no model "{given.model}": the known ones are {", ".join(registry)}')
+    if not given.minutes > 0:
+        parser.error(f"--minutes {given.minutes:g} is no time: give more than 0")
+    return BenchOptions(given.model, given.minutes, given.long, given.fresh)
+
+
 if __name__ == "__main__":
     import sys
 
-    options = parse(sys.argv[1:])
-    print("paper" if options.paper else "", "dry-run" if options.dry_run else "")
+    if sys.argv[1:2] == ["bench"]:
+        parse_bench(sys.argv[2:])
+    else:
+        options = parse(sys.argv[1:])
+        print("paper" if options.paper else "", "dry-run" if options.dry_run else "")

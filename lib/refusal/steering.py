@@ -104,12 +104,13 @@ def _decode(
     token = torch.zeros(count * many, dtype=torch.int64, device=model.device)
     tokens: list[list[int]] = [[] for _ in running]
     nll: list[list[float]] = [[] for _ in running]
+    room = _room(model)
     for number in range(steps):
         for rows in branches:
             token[rows.row] = _branch_tokens(model, rows.branch.last, uniform[rows.row, number])
         cost = torch.full(token.shape, torch.nan, device=model.device)
         if last is not None:
-            _trunk_tokens(model, last, node, running, plain, uniform[:, number], token, cost if score else None)
+            _trunk_tokens(model, last, node, running, plain, uniform[:, number], token, cost if score else None, room)
         who = torch.nonzero(running)[:, 0]
         for row, one, value in zip(*(x.tolist() for x in (who, token[who], cost[who])), strict=True):
             tokens[row].append(one)
@@ -220,7 +221,7 @@ def _branch_tokens(model: Model, last: torch.Tensor, uniform: torch.Tensor) -> t
         token[part] = logits.max(-1).indices
         drawn = torch.nonzero(~uniform[part].isnan())[:, 0]
         if len(drawn):
-            weights, _ = _weights(logits[drawn])
+            weights, _ = _weights(logits[drawn], _room(model))
             token[part][drawn] = _sample(weights, range(len(drawn)), uniform[part][drawn])
     return token
 
@@ -234,6 +235,7 @@ def _trunk_tokens(
     uniform: torch.Tensor,
     token: torch.Tensor,
     cost: torch.Tensor | None,
+    room: torch.Tensor,
 ) -> None:
     """Writes the next token of each unsteered row into `token`, and every row's cost (its token's NLL) into `cost`."""
     for part, logits in engine.logits(model, last):
@@ -243,19 +245,26 @@ def _trunk_tokens(
         drawn = own & ~uniform[row].isnan()
         if cost is None and not bool(drawn.any()):
             continue
-        weights, lse = _weights(logits)
+        weights, lse = _weights(logits, room)
         if bool(drawn.any()):
             token[row[drawn]] = _sample(weights, local[drawn].tolist(), uniform[row[drawn]])
         if cost is not None:
             cost[row] = lse[local] - logits[local, token[row]].float()
 
 
-def _weights(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`exp(logits - max)` in float32, padded and by blocks of the vocabulary, `[rows, blocks, 512]`; and logsumexp."""
-    weights = logits.float()
-    largest = weights.max(-1, keepdim=True).values
-    weights = torch.nn.functional.pad((weights - largest).exp_(), (0, -weights.shape[-1] % BLOCK))
-    weights = weights.unflatten(-1, (-1, BLOCK))
+def _room(model: Model) -> torch.Tensor:
+    """Memory for a block of weights, which is used again: new memory costs more than what is computed in it."""
+    width = model.hf.lm_head.out_features
+    return torch.empty(engine.HEAD_ROWS, width + -width % BLOCK, device=model.device)
+
+
+def _weights(logits: torch.Tensor, room: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`exp(logits - max)` in float32, by blocks of the vocabulary, `[rows, blocks, 512]`; and logsumexp `[rows]`."""
+    weights = room[: len(logits)]
+    weights[:, : logits.shape[1]] = logits
+    weights[:, logits.shape[1] :] = -torch.inf
+    largest = weights.amax(-1, keepdim=True)
+    weights = weights.sub_(largest).exp_().unflatten(-1, (-1, BLOCK))
     return weights, largest[:, 0] + weights.sum((1, 2)).log()
 
 
