@@ -17,8 +17,8 @@ What else is shared or saved, and what the profile said (two cores, bfloat16, 0.
   end, part or move copy only themselves.
 - The vocabulary is multiplied in blocks of 96 rows: logits of 960 rows would be 583 MB in float32. `max` finds the
   token in a quarter of the time of `argmax`.
-- In the last layer, the MLP of a prompt runs for the last token only, since no other is read. The slice is copied: for a
-  strided one torch multiplies in a batch, and copies the whole weight once a row.
+- In the last layer, the MLP of a prompt runs for the last token only, since no other is read. The slice is copied: for
+  a strided one torch multiplies in a batch, and copies the whole weight once a row.
 - A pass through nnsight costs a few milliseconds more than one without; a decoding step takes a second.
 """
 
