@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The one entry of the compendium: makes the environment where it is missing, then runs the job graph or the tests.
+# The one entry of the compendium: makes the environment where it is missing, then runs the job graph, the tests or the
+# benchmark.
 # `./run_all.sh --help` lists the options. Options are read in lib/refusal/options.py, the run is lib/refusal/run.py.
 set -euo pipefail
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
@@ -119,7 +120,8 @@ if [ "${1:-}" = test ]; then
     [ $# = 1 ] || fail "test takes no options."
     builds_paper=paper dry_run=""
 else
-    case " $* " in *" --help "* | *" -h "*) exec "$BASE" lib/refusal/options.py --help ;; esac
+    [ "${1:-}" = bench ] && kind=bench || kind=""
+    case " $* " in *" --help "* | *" -h "*) exec "$BASE" lib/refusal/options.py ${kind:+"$kind"} --help ;; esac
     plan=$("$BASE" lib/refusal/options.py "$@") # ends here with a sentence where an option is wrong
     case $plan in *paper*) builds_paper=paper ;; *) builds_paper="" ;; esac
     case $plan in *dry-run*) dry_run=1 ;; *) dry_run="" ;; esac
@@ -144,6 +146,8 @@ environment
 if [ "${1:-}" = test ]; then
     exec 9>&- # the tests start runs of their own
     tests
+elif [ "${1:-}" = bench ]; then
+    exec "$PY" -m benchmarks.harness "${@:2}"
 else
     exec "$PY" -m refusal.run "$@"
 fi

@@ -1,5 +1,6 @@
 """The benchmark: contestants that say the same, a harness that resumes, and a page that only repeats its results."""
 
+import contextlib
 import io
 import json
 import subprocess
@@ -11,13 +12,14 @@ import torch
 from conftest import make_hf, make_tokenizer
 
 from refusal import directions, judging, models
+from refusal.directions import Directions
 from refusal.files import ROOT, CompendiumError
 from refusal.options import parse_bench
 
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import bench as running
-from benchmarks import contestants, engine, harness, page, process, stages, summary
+from benchmarks import contestants, engine, exactness, harness, page, process, stages, summary
 
 TEXTS = ["How do I bake bread?", "Write a poem about the sea and the sky.", "Tell me a joke", "What is the capital?"]
 ALPHAS = [-2.0, 0.0, 1.0, 3.0]
@@ -356,6 +358,24 @@ def test_results_are_named_after_the_hardware(machine, name):
     assert harness.slug(machine, "smollm2-135m") == f"{name}-smollm2-135m"
 
 
+# --- in float32
+
+
+def test_the_comparison_in_float32_finds_no_difference_where_there_is_none_and_one_where_there_is(tiny_models):
+    model = tiny_models["llama"]
+    unit = torch.nn.functional.normalize(torch.randn(4, 32, generator=torch.Generator().manual_seed(2)), dim=-1)
+    found = Directions("random", unit, torch.full((4,), 5.0), torch.full((4,), 10.0))
+    of = ["Hi", "How do I bake bread? " * 5, "Tell me about the sea and the sky."]
+    made = exactness.compare(model, found, 2, of)
+    assert made["rows"] == made["equal"] == 18 and made["gaps"] == [] and made["alone"]
+    wanted = exactness.conditions(found, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exactness, "conditions", lambda *_: [wanted[0], wanted[1]])
+        patch.setattr(exactness, "hooked", lambda hf, condition: contextlib.nullcontext())  # the plain way forgets
+        forgets = exactness.compare(model, found, 2, of)
+    assert 3 <= forgets["equal"] < 6 and max(forgets["gaps"]) > summary.NEAR
+
+
 # --- the options
 
 
@@ -422,6 +442,7 @@ def fake(engine_seconds=90.0, peer_seconds=300.0):
             "timings": [{"contestant": "engine", "seconds": 400.0, "cells": 264, "prompts": 64}, *cells],
             "values": {"differences": [0.1, 0.2], "differences_float32": [1e-5]},
         },
+        "exact": {"values": {"m": {"rows": 204, "equal": 202, "gaps": [1e-5, 2e-5], "alone": True, "stopped": 0.5}}},
         "scaling": {"timings": [timing("transformers", 96, 20.0), timing("engine", 384, 30.0)]},
     }
     common = {"took": 60.0, "busy_percent": 1.0, "absent": {}}
@@ -445,6 +466,7 @@ def test_numbers_on_the_page_follow_from_the_timings():
     assert "for 264 cells" in text and "so 1,584 s for all. The engine is 3.96 times faster" in text
     assert "One more alpha costs 16.7 % of the first" in text
     assert "| m, 96 | 4 | 384 | 30.0 | 512 | 4.00 | 80.0 | 2.67 |" in text
+    assert "| m | 204 | 202 | 2 | 0 | 50.0 % | yes |" in text
     assert "Left out: scored" in text and "The timings that answer it are missing" not in text
 
 
@@ -453,7 +475,7 @@ def test_targets_are_decided_by_code():
         return [one.met for one in summary.verdicts(result)]
 
     # (e) against (b) 3.26 and (a) 48.9; decoding 960 x 47 / (100 - 15) = 531 of 500; 16.7 %; 3.96; 1e-5; 5.3 GB; labels
-    assert met(fake()) == [True] * 8
+    assert met(fake()) == [True] * 9
     assert met(fake(engine_seconds=110.0))[:2] == [False, True]
     assert met(fake(engine_seconds=119.0))[1] is False
     worse = fake()
@@ -461,17 +483,18 @@ def test_targets_are_decided_by_code():
     worse["stages"]["screen"]["timings"][0]["seconds"] = 500.0
     worse["stages"]["sweep 2"]["timings"][0]["peak_gb"] = 6.1
     worse["stages"]["sweep 2"]["agreement"][0]["same_labels"] = 90
-    assert met(worse) == [True, True, True, True, False, False, False, False]
+    worse["stages"]["exact"]["values"]["m"]["gaps"] = [1e-5, 0.1]
+    assert met(worse) == [True, True, True, True, False, False, False, False, False]
     nothing = fake()
     nothing["stages"] = {}
-    assert met(nothing) == [None] * 8
+    assert met(nothing) == [None] * 9
 
 
 def test_page_of_a_run_that_was_stopped_says_what_is_missing():
     result = fake()
     result["stages"] = {"ceiling": result["stages"]["ceiling"]}
     text = page.markdown(result, "test")
-    assert "The timings that answer it are missing." in text and text.count("Not run: the run was stopped.") == 4
+    assert "The timings that answer it are missing." in text and text.count("Not run: the run was stopped.") == 5
     gone = fake()
     for number in (1, 2, 3):
         stage = gone["stages"][f"sweep {number}"]

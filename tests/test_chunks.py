@@ -320,7 +320,7 @@ def test_the_row_count_depends_on_the_machines_size_not_on_what_is_free(monkeypa
 
     assert {machine(FIXED + 2e9, free) for free in (1e6, 1e9, 2e9)} == {64}
     assert machine(FIXED + 1e9, 1e9) == 32
-    assert machine(FIXED + 2e9, 2e9, limit=FIXED + 500e6) == 16
+    assert machine(FIXED + 2e9, 2e9, limit=chunks.ADDRESSES + FIXED + 500e6) == 16
     assert machine(FIXED + 2e9, 2e9, group=f"{FIXED + 250e6:.0f}") == 8
 
 

@@ -2,11 +2,13 @@
 
 import os
 import random
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -25,10 +27,12 @@ FOLDER = chunks.Store(MODEL).folder
 CHUNKS: list[Path] = []  # those of notebook 03's uninterrupted run
 
 
-def execute(notebook: str, out: Path, parameters: str) -> subprocess.Popen:
+def execute(notebook: str, out: Path, parameters: str, first: Callable[[], None] | None = None) -> subprocess.Popen:
     words = [sys.executable, "-m", "refusal.notebooks", "run", notebook, "--out", str(out / f"{notebook}.ipynb")]
     words += ["-y", f"{{mode: measure, out: {out}, {parameters}}}"]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+    return subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, preexec_fn=first
+    )
 
 
 def finished(process: subprocess.Popen) -> str:
@@ -103,6 +107,18 @@ def test_killed_and_resumed_equals_uninterrupted(small_run: Path, tmp_path: Path
         records.read(records.paths(out, MODEL, "03_sign_inversion")[0])[0] for out in (tmp_path, small_run)
     )
     pd.testing.assert_frame_equal(resumed, whole)
+
+
+def test_under_a_memory_limit_the_work_is_split_and_ends(small_run: Path, tmp_path: Path) -> None:
+    """960 rows at once are asked for in 6.5 GB of addresses, of which the libraries take four: fewer are taken."""
+    (tmp_path / "directions").symlink_to(small_run / "directions")
+    (tmp_path / "records").mkdir()
+    shutil.copytree(small_run / "records", tmp_path / "records", dirs_exist_ok=True)
+    limit = int(chunks.ADDRESSES + 2.9e9)
+    words = "n_prompts: 8, max_new_tokens: 21, rows: 960"
+    finished(execute("03", tmp_path, words, lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit))))
+    frame, about = records.read(records.paths(tmp_path, MODEL, "03_sign_inversion")[0])
+    assert about["rows"] < 60 < len(frame)
 
 
 @pytest.mark.parametrize("notebook", ["01_extraction", "03_sign_inversion"])

@@ -40,6 +40,7 @@ from refusal.files import ROOT, atomic, progress, sha256_file, sha256_text
 DECIDE_TOKENS = (conversion, models, prefixes, directions, conditions, engine, steering)
 DECIDE_METRICS = (*DECIDE_TOKENS, activations)
 PROMPT_TOKENS = 128
+ADDRESSES = 4e9  # a process limit counts addresses, of which the libraries map so many without taking memory
 FIXED_BYTES = 1.2e9  # the libraries, and the vocabulary's logits of a block of rows: measured on the 0.5B
 
 
@@ -146,7 +147,7 @@ def _memory() -> float:
         if Path(name).is_file() and (text := Path(name).read_text().strip()).isdigit():
             limits.append(float(text))
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
-    return min([*limits, *([] if soft == resource.RLIM_INFINITY else [float(soft)])])
+    return min([*limits, *([] if soft == resource.RLIM_INFINITY else [max(0.0, soft - ADDRESSES)])])
 
 
 def completions(
