@@ -18,7 +18,7 @@ def conditions(found: Directions, layer: int) -> list[steering.Condition]:
         steering.add(found, layer, 1.0),
         steering.add(found, layer, -1.0),
         steering.add(found, layer // 2, 2.0),
-        steering.add(found, [layer // 2, layer - 1, layer], 0.5),
+        steering.add(found, sorted({layer // 2, layer - 1, layer}), 0.5),
         steering.ablate(found, layer),
     ]
 
