@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -24,7 +25,7 @@ def conditions(found: Directions, layer: int) -> list[steering.Condition]:
 
 
 @contextlib.contextmanager
-def hooked(hf: torch.nn.Module, condition: steering.Condition) -> Iterator[None]:
+def hooked(hf: Any, condition: steering.Condition) -> Iterator[None]:  # noqa: ANN401 - transformers' models are untyped
     """Does what the condition says to every token of every row."""
 
     def change(vector: torch.Tensor):  # noqa: ANN202 - a hook
@@ -58,10 +59,11 @@ def compare(model: models.Model, found: Directions, layer: int, texts: Sequence[
     wanted = conditions(found, layer)
     made = steering.generate(model, texts, wanted, max_new_tokens=TOKENS)
     ((single,),) = steering.generate(model, texts[:1], wanted[1:2], max_new_tokens=TOKENS)
+    hf: Any = model.hf
     inputs, gaps = models.encode(model, texts), []
     for number, condition in enumerate(wanted):
-        with hooked(model.hf, condition), torch.no_grad():
-            out = model.hf.generate(
+        with hooked(hf, condition), torch.no_grad():
+            out = hf.generate(
                 **inputs, max_new_tokens=TOKENS, do_sample=False, output_logits=True, return_dict_in_generate=True
             )
         for row, said in enumerate(out.sequences[:, inputs["input_ids"].shape[1] :].tolist()):

@@ -41,9 +41,13 @@ def make_tokenizer():
 def make_hf(architecture, vocab_size):
     """A random float32 model of 4 blocks and width 32; its weights are large enough that greedy text varies."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+    import transformers
 
-    config, model = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}[architecture]
+    name = {"llama": "Llama", "qwen2": "Qwen2", "mistral": "Mistral", "gemma2": "Gemma2"}[architecture]
+    config, model = (getattr(transformers, f"{name}{kind}") for kind in ("Config", "ForCausalLM"))
+    # Windows shorter than the prompts, and a cap that matters.
+    own = {"gemma2": {"sliding_window": 24, "final_logit_softcapping": 3.0, "head_dim": 8}}
+    own["mistral"] = {"sliding_window": 24}
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return model(
@@ -57,6 +61,7 @@ def make_hf(architecture, vocab_size):
                 max_position_embeddings=512,
                 initializer_range=0.3,
                 tie_word_embeddings=architecture == "llama",
+                **own.get(architecture, {}),
             )
         ).to(torch.float32)
 

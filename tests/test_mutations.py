@@ -83,8 +83,8 @@ MUTATIONS = [
     Mutation(
         "only the prefill steered",
         ENGINE,
-        "shown = 1 if mask is None else mask[:, :, None]",
-        "shown = 0 if mask is None else mask[:, :, None]",
+        "steered = 1 if mask is None else mask[:, :, None]",
+        "steered = 0 if mask is None else mask[:, :, None]",
         (HOOKS, "test_planted.py::test_every_generated_token_is_decided_anew"),
     ),
     Mutation(
@@ -110,9 +110,9 @@ MUTATIONS = [
     ),
     Mutation(
         "last token of the padded side taken",
-        "lib/refusal/activations.py",
-        "trunk.rest[:, :, -1]",
-        "trunk.rest[:, :, 0]",
+        ENGINE,
+        "tapped[:, :, -columns:]",
+        "tapped[:, :, :columns]",
         ("test_activations.py::test_the_last_token_is_that_of_the_generation_prompt[llama]",),
     ),
     Mutation(
@@ -166,6 +166,34 @@ MUTATIONS = [
         "node[running] = place[inverse]",
         "node[running] = inverse",
         (ENDING,),
+    ),
+    Mutation(
+        "the last layer's MLP runs for the first token",
+        ENGINE,
+        "states[:, -1:] = every[end].mlp.output",
+        "states[:, :1] = every[end].mlp.output",
+        (HOOKS,),
+    ),
+    Mutation(
+        "all rows begin as the first condition's",
+        ENGINE,
+        "= source[index, :, :end]",
+        "= source[index * 0, :, :end]",
+        (HOOKS,),
+    ),
+    Mutation(
+        "rows take their neighbours' padding once they part",
+        STEERING,
+        "torch.cat([valid[parents], ",
+        "torch.cat([valid[(parents + 1) % len(valid)], ",
+        (HOOKS,),
+    ),
+    Mutation(
+        "rows leave their neighbours' trunk",
+        STEERING,
+        "states[trunk.taps.index(branch.first), nodes]",
+        "states[trunk.taps.index(branch.first), nodes * 0]",
+        (HOOKS,),
     ),
     Mutation(
         "reference NLL of the likeliest token",

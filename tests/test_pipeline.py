@@ -65,7 +65,7 @@ def test_small_run_writes_everything(small_run: Path) -> None:
 
 
 def test_the_real_model_refuses_more_at_plus_one(small_run: Path) -> None:
-    """Not a rate, a direction: no prompt set loses refusals at +1 or gains them at -1, summed over the prompts."""
+    """Not a rate, a direction: summed over the sets, no refusals are lost at +1 or gained at -1."""
     frame, _ = records.read(records.paths(small_run, MODEL, "03_sign_inversion")[0])
     refused = frame.assign(refused=frame["label"] == "refusal").groupby("condition")["refused"].sum()
     assert refused["extracted +1"] > refused["extracted -1"]
@@ -110,15 +110,17 @@ def test_killed_and_resumed_equals_uninterrupted(small_run: Path, tmp_path: Path
 
 
 def test_under_a_memory_limit_the_work_is_split_and_ends(small_run: Path, tmp_path: Path) -> None:
-    """960 rows at once are asked for in 6.5 GB of addresses, of which the libraries take four: fewer are taken."""
+    """960 rows at once are asked for in 6.9 GB of addresses, of which the libraries take four: fewer are taken."""
     (tmp_path / "directions").symlink_to(small_run / "directions")
     (tmp_path / "records").mkdir()
     shutil.copytree(small_run / "records", tmp_path / "records", dirs_exist_ok=True)
-    limit = int(chunks.ADDRESSES + 2.9e9)
+    limit, before = int(chunks.ADDRESSES + 2.9e9), set(FOLDER.glob("*.parquet"))
     words = "n_prompts: 8, max_new_tokens: 21, rows: 960"
     finished(execute("03", tmp_path, words, lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit))))
     frame, about = records.read(records.paths(tmp_path, MODEL, "03_sign_inversion")[0])
     assert about["rows"] < 60 < len(frame)
+    for path in set(FOLDER.glob("*.parquet")) - before:  # so that the next run of this test measures again
+        path.unlink()
 
 
 @pytest.mark.parametrize("notebook", ["01_extraction", "03_sign_inversion"])
@@ -158,7 +160,8 @@ def test_the_engine_equals_the_plain_way_on_the_real_model() -> None:
     for text, row in zip(texts, rows, strict=True):
         for condition, completion in zip(conditions, row, strict=True):
             ids, reason, gaps = twin.generate(model, text, condition, 10)
-            same = sum(a == b for a, b in zip(completion.token_ids, ids, strict=False))
+            pairs = list(zip(completion.token_ids, ids, strict=False))
+            same = next((place for place, (a, b) in enumerate(pairs) if a != b), len(pairs))
             equal = (completion.token_ids, completion.stop_reason) == (ids, reason)
             assert equal or gaps[same] < 1e-4, (condition.name, same, gaps[same])
     assert len({completion.token_ids for row in rows for completion in row}) > 5

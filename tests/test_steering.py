@@ -133,6 +133,21 @@ def test_ablating_equals_orthogonalised_weights(architecture, directions):
     assert plainly != expected
 
 
+@pytest.mark.parametrize("architecture", ["gemma2", "mistral"])
+def test_other_architectures_of_the_registry(architecture, conditions):
+    """Gemma 2 and Mistral: windows shorter than the prompts, capped logits, scaled embeddings, norms after the MLP."""
+    plain, other = Plain(architecture), Plain(architecture)
+    model = models.wrap(other.hf, other.tokenizer, "tiny", stop=("<|endoftext|>",))
+    some = [*conditions[:7], conditions[8]]
+    for text, row in zip(PROMPTS, tokens(steering.generate(model, PROMPTS, some, max_new_tokens=12)), strict=True):
+        assert row == [plain.generate(text, condition, 12) for condition in some]
+    openings = [5, 17, 60, 201]
+    for text, row in zip(PROMPTS, steering.screen(model, PROMPTS, some, openings), strict=True):
+        for condition, value in zip(some, row, strict=True):
+            p = plain.logits(text, condition).softmax(-1)[openings].sum()
+            assert float(value) == pytest.approx(float(torch.log(p / (1 - p))), abs=1e-3)
+
+
 # ---- cache and batch
 
 
@@ -160,14 +175,14 @@ def test_what_is_shared_changes_nothing(model, conditions, monkeypatch, score):
     monkeypatch.setattr(engine, "PASS_TOKENS", 1)
     monkeypatch.setattr(engine, "HEAD_ROWS", 7)
     assert tokens(steering.generate(model, PROMPTS, conditions, max_new_tokens=NEW, score=score)) == tokens(usual)
-    monkeypatch.setattr(engine, "encode", lambda model, texts: encode(model, texts, share=False))
+    monkeypatch.setattr(engine, "encode", lambda model, texts, room=0: encode(model, texts, room, share=False))
     monkeypatch.setattr(steering, "_divide", alone)
     again = steering.generate(model, PROMPTS, conditions, max_new_tokens=NEW, score=score)
     assert tokens(again) == tokens(usual)
     for rows, others in zip(again, usual, strict=True):
         for one, other in zip(rows, others, strict=True):
             assert one.reference_nll == pytest.approx(other.reference_nll, rel=1e-4, nan_ok=True)
-            assert score or math.isnan(one.reference_nll) or one.token_ids == rows[0].token_ids
+            assert score or one.token_ids == rows[0].token_ids or math.isnan(one.reference_nll)
 
 
 def test_rows_that_say_the_same_share_the_trunk(model, directions, monkeypatch):
@@ -183,6 +198,39 @@ def test_rows_that_say_the_same_share_the_trunk(model, directions, monkeypatch):
     made = steering.generate(dataclasses.replace(model, stop_ids=(-1,)), PROMPTS, same, max_new_tokens=6, score=False)
     assert counts == [(2, len(PROMPTS)), (3, 4 * len(PROMPTS))] * 5
     assert all(row == [row[0]] * 4 for row in tokens(made))
+
+
+@pytest.mark.parametrize("pick", [["ablate random"], ["ablate random", "random +2"], ["random -1"], ["random +1.5"]])
+def test_without_an_unsteered_row_or_a_score_the_trunk_ends_early(model, plain, conditions, pick):
+    """At the embeddings, at a layer, at the last one; then its logits are not there."""
+    some = [next(one for one in conditions if one.name == name) for name in pick]
+    for text, row in zip(PROMPTS, steering.generate(model, PROMPTS, some, max_new_tokens=12, score=False), strict=True):
+        assert tokens([row])[0] == [plain.generate(text, condition, 12) for condition in some]
+        assert all(math.isnan(completion.reference_nll) for completion in row)
+    openings = [5, 17, 60, 201]
+    for text, row in zip(PROMPTS, steering.screen(model, PROMPTS, some, openings), strict=True):
+        for condition, value in zip(some, row, strict=True):
+            p = plain.logits(text, condition).softmax(-1)[openings].sum()
+            assert float(value) == pytest.approx(float(torch.log(p / (1 - p))), abs=1e-3)
+
+
+def test_a_sampled_row_may_be_steered(model, directions):
+    """At alpha 0 it says what the unsteered row of the same seed says; at alpha 1 something else."""
+    nothing, something = (dataclasses.replace(steering.add(directions, 1, a), seed=4) for a in (0.0, 1.0))
+    for row in tokens(steering.generate(model, PROMPTS, [steering.sampled(4), nothing, something], max_new_tokens=NEW)):
+        assert row[0] == row[1] != row[2]
+
+
+def test_directions_of_another_model_are_refused(model):
+    for layers, make in (
+        (6, lambda made: steering.add(made, 5, 1.0)),
+        (3, lambda made: steering.ablate(made, 1)),
+        (6, lambda made: steering.ablate(made, 1)),
+    ):
+        other = Directions("other", torch.eye(layers, 32), torch.ones(layers), torch.ones(layers))
+        condition = make(other)
+        one_sentence(lambda c=condition: steering.generate(model, ["Hi"], [c], max_new_tokens=2), "last layer is 3")
+        one_sentence(lambda c=condition: steering.screen(model, ["Hi"], [c], [5]), "last layer is 3")
 
 
 @pytest.mark.parametrize("count", [1, 2, 200])
@@ -250,7 +298,7 @@ def test_every_token_but_padding_is_steered(model, plain, directions, share, mon
     ]
     model = dataclasses.replace(model, stop_ids=(-1,))  # so that no row ends
     encode, seen, padding = engine.encode, [], []
-    monkeypatch.setattr(engine, "encode", lambda model, texts: encode(model, texts, share))
+    monkeypatch.setattr(engine, "encode", lambda model, texts, room=0: encode(model, texts, room, share))
     monkeypatch.setattr(engine, "PASS_TOKENS", 10_000)  # all rows in a pass, so that the shorter prompts are padded
     run = engine.run
 
@@ -278,8 +326,8 @@ def test_every_token_but_padding_is_steered(model, plain, directions, share, mon
     assert sum(len(pads) for pads in padding) > 100 and all(not pads.any() for pads in padding)
     if share:
         beginning, *seen = seen
-        assert beginning[2].shape[:2] == (len(conditions), 23) or beginning[2].shape[1] > 10
-    order = encode(model, PROMPTS, share).order
+        assert beginning[2].shape[0] == len(conditions) and beginning[2].shape[1] > 10
+    order = encode(model, PROMPTS, share=share).order
     unit, kinds = directions.unit[layer], set()
     for row in range(len(PROMPTS) * len(conditions)):
         prompt, condition = order[row // len(conditions)], row % len(conditions)

@@ -28,8 +28,8 @@ def last_token(model: Model, texts: Sequence[str], rows: int = 64, share: bool =
     made = torch.empty(len(texts), model.n_layers, model.width)
     with progress(len(texts), "activations", "prompt") as bar, torch.no_grad():
         for start in range(0, len(texts), rows):
-            batch = engine.encode(model, texts[start : start + rows], share)
-            trunk = engine.start_trunk(model, batch, range(model.n_layers), model.n_layers - 1)
+            batch = engine.encode(model, texts[start : start + rows], share=share)
+            trunk = engine.start_trunk(model, batch, range(model.n_layers), model.n_layers - 1, last_only=True)
             made[torch.tensor(batch.order) + start] = trunk.rest[:, :, -1].transpose(0, 1).float().cpu()
             bar.update(len(batch.order))
     return made

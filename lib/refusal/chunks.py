@@ -109,19 +109,20 @@ def key(store: Store, modules: Sequence[ModuleType], *parts: object) -> str:
     return sha256_text(json.dumps([store.model, known, _sources(modules), *parts], sort_keys=True))[:32]
 
 
-def row_bytes(folder: Path, dtype: str, tokens: int) -> float:
-    """What a row takes in memory: keys and values of trunk and branch, so many tokens beyond a prompt of 128.
+def row_bytes(folder: Path, dtype: str, tokens: int, letters: int = 0) -> float:
+    """What a row takes in memory: keys and values of trunk and branch.
 
     Args:
         folder: Of the model, with its config.json.
         dtype: "bfloat16" or "float32".
         tokens: The most that are generated.
+        letters: Of the longest prompt, which has at most as many tokens; a prompt counts 128 at least.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     heads = config["num_attention_heads"]
     width = config.get("head_dim") or config["hidden_size"] // heads
     each = 2 * config["num_hidden_layers"] * config.get("num_key_value_heads", heads) * width
-    return 2.0 * each * (2 if dtype == "bfloat16" else 4) * (PROMPT_TOKENS + tokens)
+    return 2.0 * each * (2 if dtype == "bfloat16" else 4) * (max(PROMPT_TOKENS, letters) + tokens)
 
 
 def rows_that_fit(rows: int, row: float, weights_bytes: float, memory: float | None = None) -> int:
@@ -146,6 +147,8 @@ def _memory() -> float:
     for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         if Path(name).is_file() and (text := Path(name).read_text().strip()).isdigit():
             limits.append(float(text))
+    if torch.cuda.is_available():
+        limits.append(float(torch.cuda.get_device_properties(0).total_memory))
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
     return min([*limits, *([] if soft == resource.RLIM_INFINITY else [max(0.0, soft - ADDRESSES)])])
 

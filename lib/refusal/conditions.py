@@ -114,4 +114,4 @@ def _checked_layers(directions: Directions, layer: int | Sequence[int]) -> tuple
             raise CompendiumError(f"layer is {one!r}, but must be a whole number from 0 to {len(directions.unit) - 1}.")
     if not layers or len(set(layers)) != len(layers):
         raise CompendiumError(f"the layers {layers} must be one or more different layers.")
-    return layers
+    return tuple(sorted(layers))

@@ -1,4 +1,4 @@
-"""The steering engine: passes through parts of a model, for many rows at once, that compute nothing twice.
+"""The steering engine: passes through parts of a model, for many rows at once, that share what they can.
 
 Steering the output of layer f leaves every layer up to f a function of the tokens alone. So the model is run in two
 parts. The *trunk* is unsteered: one row for each different beginning that any condition has produced of a prompt (a
@@ -12,9 +12,9 @@ What else is shared or saved, and what the profile said (two cores, bfloat16, 0.
 - The prompts' common beginning is computed once in the trunk and once a condition in a branch (a prompt is 45 tokens
   there, of which 22 are its own).
 - Prompts are sorted by length and run in passes of a few hundred tokens, whose intermediate results stay in the
-  processor's cache; decoding runs all rows in one pass, since the weights are read once a pass.
+  processor's cache; decoding runs all rows in one pass a part, since the weights are read once a pass.
 - Keys and values lie in buffers that are as wide as the completions can get: a step writes one column, and rows that
-  end, part or move copy only themselves.
+  end, part or move copy only themselves (all are copied where the trunk outgrows its buffers).
 - The vocabulary is multiplied in blocks of 96 rows: logits of 960 rows would be 583 MB in float32. `max` finds the
   token in a quarter of the time of `argmax`.
 - In the last layer, the MLP of a prompt runs for the last token only, since no other is read. The slice is copied: for
@@ -23,7 +23,7 @@ What else is shared or saved, and what the profile said (two cores, bfloat16, 0.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ class _Extent:
 
 
 class _Layer(CacheLayerMixin):
-    """Keys and values of one layer, `[capacity, heads, width, head width]`; columns of padding stay zero."""
+    """Keys and values of one layer, `[capacity, heads, width, head width]`; unwritten columns are zero, and masked."""
 
     def __init__(self, extent: _Extent) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class Edits:
 
     added: dict[int, torch.Tensor]  # float32 [conditions, 1, width]
     ablated: dict[int, torch.Tensor]  # unit vectors, or zeros
-    last_only: torch.Tensor  # bool [conditions]: steers the prompt's last token only
+    last_only: torch.Tensor  # bool [conditions]: of the prompt, steers the last token only
     row: torch.Tensor  # int64 [rows]
 
     @property
@@ -150,13 +150,13 @@ class Edits:
 
     def apply(self, hidden: torch.Tensor, layer: int, mask: torch.Tensor | None) -> torch.Tensor:
         """The steered hidden state, `[rows, tokens, width]`; without a mask, every token is steered."""
-        shown = 1 if mask is None else mask[:, :, None]
+        steered = 1 if mask is None else mask[:, :, None]
         if layer in self.ablated:
             unit = self.ablated[layer][self.row]
-            shadow = (hidden.float() * unit).sum(-1, keepdim=True) * unit
-            hidden = hidden - (shadow * shown).to(hidden.dtype)
+            projection = (hidden.float() * unit).sum(-1, keepdim=True) * unit
+            hidden = hidden - (projection * steered).to(hidden.dtype)
         if layer in self.added:
-            hidden = hidden + (self.added[layer][self.row] * shown).to(hidden.dtype)
+            hidden = hidden + (self.added[layer][self.row] * steered).to(hidden.dtype)
         return hidden
 
 
@@ -164,7 +164,7 @@ def edits_of(model: Model, conditions: Sequence[Condition]) -> Edits:
     """The tables of several conditions, a row for each.
 
     Raises:
-        CompendiumError: Vectors of another width than the model's.
+        CompendiumError: Vectors of another width than the model's, or layers that it does not have.
     """
     tables: dict[str, dict[int, torch.Tensor]] = {"add": {}, "ablate": {}}
     for row, condition in enumerate(conditions):
@@ -174,6 +174,13 @@ def edits_of(model: Model, conditions: Sequence[Condition]) -> Edits:
             raise CompendiumError(
                 f"condition {condition.name!r} has vectors of shape {tuple(condition.vectors.shape)}, but the model "
                 f"needs {(len(condition.layers), model.width)}: use a direction made for this model."
+            )
+        last = max(condition.layers)
+        everywhere = condition.operation == "ablate" and EMBEDDINGS in condition.layers
+        if last >= model.n_layers or (everywhere and last != model.n_layers - 1):
+            raise CompendiumError(
+                f"condition {condition.name!r} reaches layer {last}, but the model's last layer is "
+                f"{model.n_layers - 1}: use a direction made for this model."
             )
         for layer, vector in zip(condition.layers, condition.vectors, strict=True):
             table = tables[condition.operation]
@@ -186,7 +193,7 @@ def edits_of(model: Model, conditions: Sequence[Condition]) -> Edits:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Encoded prompts: their common beginning, then padding, then the rest of each, the shortest rest first."""
+    """Encoded prompts. Columns: the common beginning, padding, the rest of each. Rows: the shortest rest first."""
 
     prefix: torch.Tensor  # int64 [1, p]
     ids: torch.Tensor  # int64 [n, p + longest rest]
@@ -204,9 +211,20 @@ class Prompts:
         return self.valid.sum(1)
 
 
-def encode(model: Model, texts: Sequence[str], share: bool = True) -> Prompts:
-    """Encodes prompts for the engine; `share=False` leaves the common beginning where it is (a twin, for tests)."""
+def encode(model: Model, texts: Sequence[str], room: int = 0, share: bool = True) -> Prompts:
+    """Encodes prompts for the engine.
+
+    Args:
+        model: The model.
+        texts: Prompts, without chat template.
+        room: How many tokens will follow.
+        share: Whether the common beginning is moved to the front (False is a twin, for tests).
+    """
     prefix, whole = prefixes.batch(model, texts, share)
+    window = getattr(model.hf.config, "sliding_window", None)
+    if share and window and whole["input_ids"].shape[1] + room >= window:
+        # Windows are counted in columns: the padding in mid-row would push a short prompt's beginning out.
+        prefix, whole = prefixes.batch(model, texts, share=False)
     order = whole["attention_mask"].sum(1).argsort(stable=True)
     ids, valid = whole["input_ids"][order], whole["attention_mask"][order].bool()
     return Prompts(prefix, ids, valid, order.tolist())
@@ -255,13 +273,13 @@ def run(
         entering: `[rows, tokens, width]`, before its own layer's edit.
 
     Returns:
-        The taps `[taps, rows, tokens, width]` and, from the model's last layer, the normed state of the last token
-        `[rows, width]`; None for what was not asked for.
+        The taps `[taps, rows, tokens, width]` (at the model's last layer, only the last token's is right) and, from
+        that layer, the normed state of the last token `[rows, width]`; None for what was not asked for.
     """
     every, end = blocks(model), model.n_layers - 1
     changed = edits.layers if edits is not None else set()
     tapped = last = None
-    many = inputs["input_ids"].shape[1] > 1
+    several = inputs["input_ids"].shape[1] > 1
 
     def edit(hidden: torch.Tensor, layer: int) -> torch.Tensor:
         return edits.apply(hidden, layer, mask) if edits is not None and layer in changed else hidden
@@ -279,7 +297,7 @@ def run(
             elif layer > top:
                 every[layer].skip(out)
             else:
-                if layer == end and many:  # only the last token of the last layer is read
+                if layer == end and several:  # only the last token of the last layer is read
                     states = every[end].mlp.input
                     every[end].mlp.input = states[:, -1].clone()[:, None]  # not strided: see above
                     states = torch.zeros_like(states)
@@ -311,8 +329,8 @@ class Trunk:
         keys: Keys and values of the layers up to `top`.
         top: The last layer that it runs.
         taps: Layers at which branches leave it.
-        beginning: Their states in the common beginning, `[taps, 1, p, width]`.
-        rest: Their states in the rest of the prompts, `[taps, n, rest, width]`.
+        beginning: Their states in the common beginning, `[taps, 1, p, width]`; see `run` for the model's last layer.
+        rest: The same in the rest of the prompts, `[taps, n, rest, width]`, or in each prompt's last token only.
         last: The normed state of each prompt's last token, `[n, width]`, where the trunk runs all layers.
     """
 
@@ -339,14 +357,26 @@ class Branch:
     first: int
     edits: Edits
     keys: Keys
-    last: torch.Tensor = field(repr=False)
+    last: torch.Tensor
 
 
-def start_trunk(model: Model, prompts: Prompts, taps: Sequence[int], top: int, room: int = 0) -> Trunk:
-    """Runs the prompts through the layers up to `top`, with room for so many more tokens."""
+def start_trunk(
+    model: Model, prompts: Prompts, taps: Sequence[int], top: int, room: int = 0, last_only: bool = False
+) -> Trunk:
+    """Runs the prompts through the layers up to `top`.
+
+    Args:
+        model: The model.
+        prompts: The prompts.
+        taps: Layers whose states are kept.
+        top: The last layer that is run, -1 for none.
+        room: How many more tokens there must be room for.
+        last_only: Keep the states of each prompt's last token only; no branch can leave such a trunk.
+    """
     count, begun, dtype = len(prompts.ids), prompts.prefix.shape[1], model.hf.dtype
     keys = Keys(model.n_layers, count, prompts.width + room)
-    rest = torch.zeros(len(taps), count, prompts.width - begun, model.width, dtype=dtype, device=model.device)
+    columns = 1 if last_only else prompts.width - begun
+    rest = torch.zeros(len(taps), count, columns, model.width, dtype=dtype, device=model.device)
     beginning = rest[:, :1, :0]
     last = torch.zeros(count, model.width, dtype=dtype, device=model.device) if top == model.n_layers - 1 else None
     if top == EMBEDDINGS:  # nothing is unsteered
@@ -361,7 +391,7 @@ def start_trunk(model: Model, prompts: Prompts, taps: Sequence[int], top: int, r
         inputs = _inputs(prompts.ids[part, -longest:], prompts.valid[part])
         tapped, ends = run(model, keys, inputs, top=top, taps=taps)
         if tapped is not None:
-            rest[:, part, -longest:] = tapped
+            rest[:, part, -longest:] = tapped[:, :, -columns:]
         if last is not None and ends is not None:
             last[part] = ends
     keys.extent.rows = slice(0, count)
@@ -386,15 +416,15 @@ def start_branch(model: Model, trunk: Trunk, first: int, edits: Edits, node: tor
     last = torch.zeros(len(node), model.width, dtype=model.hf.dtype, device=model.device)
     if begun:
         different, which = edits.row.unique(return_inverse=True)
-        once, few = (
-            Keys(model.n_layers, len(different), begun),
-            Edits(edits.added, edits.ablated, edits.last_only, different),
-        )
-        valid = prompts.valid[:1, :begun].expand(len(different), -1)
-        entering = trunk.beginning[tap].expand(len(different), -1, -1) if own else None
-        mask = few.prompt_mask(valid, last_column=False)
-        inputs = _inputs(prompts.prefix.expand(len(different), -1), valid)
-        run(model, once, inputs, top=top, edits=few, mask=mask, first=first, entering=entering)
+        once = Keys(model.n_layers, len(different), begun)
+        for part, _ in parts([begun] * len(different)):
+            once.extent.rows, once.extent.length = part, 0
+            few = Edits(edits.added, edits.ablated, edits.last_only, different[part])
+            valid = prompts.valid[:1, :begun].expand(len(few.row), -1)
+            entering = trunk.beginning[tap].expand(len(few.row), -1, -1) if own else None
+            mask = few.prompt_mask(valid, last_column=False)
+            inputs = _inputs(prompts.prefix.expand(len(few.row), -1), valid)
+            run(model, once, inputs, top=top, edits=few, mask=mask, first=first, entering=entering)
         keys.fill(once, which)
     for part, longest in parts((prompts.lengths - begun)[node].tolist()):
         keys.extent.rows, keys.extent.length = part, prompts.width - longest

@@ -93,7 +93,7 @@ def load(model_id: str, dtype: str = "auto") -> Model:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(**place)
             hf = AutoModelForCausalLM.from_pretrained(
-                **place, dtype=chosen, use_safetensors=True, device_map="auto" if torch.cuda.is_available() else None
+                **place, dtype=chosen, use_safetensors=True, device_map={"": 0} if torch.cuda.is_available() else None
             )
     except (OSError, ValueError) as error:
         said = " ".join(str(error).split())[:200].rstrip(".")
@@ -149,10 +149,13 @@ def wrap(
         tokenizer.pad_token = tokenizer.eos_token
     stop_ids = tuple(dict.fromkeys(_single_id(tokenizer, token, model_id) for token in (tokenizer.eos_token, *stop)))
     hf.eval().requires_grad_(False)
-    if not hasattr(hf, "model") or not hasattr(hf.model, "layers") or not hasattr(hf.model, "embed_tokens"):
-        raise CompendiumError(
-            f"{model_id} ({type(hf).__name__}) has no model.layers: only Llama-like models are steered."
-        )
+    parts = ("model.layers.0.mlp", "model.embed_tokens", "model.norm", "lm_head")
+    lacking = [part for part in parts if part not in dict(hf.named_modules())]
+    # Some divide or multiply their logits after the head, where the engine's own head would not.
+    scaled = [name for name in ("logits_scaling", "logit_scale") if getattr(hf.config, name, None) not in (None, 1)]
+    if lacking or scaled:
+        lack = f"no {lacking[0]}" if lacking else f"a {scaled[0]}"
+        raise CompendiumError(f"{model_id} ({type(hf).__name__}) has {lack}: only Llama-like models are steered.")
     with quiet():
         lm = TransformersModel(hf, tokenizer=tokenizer, task="text-generation")
     hf.generation_config = GenerationConfig(

@@ -136,7 +136,8 @@ def completions(
         return run.frame
     folder = models.fetch(run.model)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    row = chunks.row_bytes(folder, run.facts["dtype"], max_new_tokens)
+    size *= 2 if run.facts["dtype"] == "float32" else 1  # the files hold bfloat16
+    row = chunks.row_bytes(folder, run.facts["dtype"], max_new_tokens, int(frame["text"].str.len().max()))
     rows = chunks.rows_that_fit(int(run.parameters["rows"]), row, size)
     title = f"{run.notebook}: {run.model}"
     raw = chunks.completions(run.store, frame, conditions, max_new_tokens=max_new_tokens, rows=rows, title=title)

@@ -45,7 +45,7 @@ class Completion:
 
 @dataclass
 class _Rows:
-    """The rows of a branch that still run: which of all rows each is, and its part of the model."""
+    """The rows of a branch that still run: `row` holds their numbers among all rows."""
 
     row: torch.Tensor
     branch: engine.Branch
@@ -61,7 +61,7 @@ def generate(
         prompts: Without chat template.
         conditions: One or more.
         max_new_tokens: Completions end here, or at the model's stop tokens.
-        score: Whether the reference NLL is wanted; it costs a pass of the unsteered model a token.
+        score: Whether the reference NLL is wanted; it costs the trunk's layers above the steered one, and its logits.
 
     Returns:
         A list for each prompt, with a completion for each condition.
@@ -69,7 +69,7 @@ def generate(
     if not prompts or not conditions:
         return [[] for _ in prompts]
     with torch.no_grad():
-        batch = engine.encode(model, prompts)
+        batch = engine.encode(model, prompts, room=max_new_tokens)
         tokens, nll = _decode(model, batch, [prompts[i] for i in batch.order], conditions, max_new_tokens, score)
     made: list[list[Completion]] = [[] for _ in prompts]
     for number, (ids, values) in enumerate(zip(tokens, nll, strict=True)):
@@ -89,12 +89,13 @@ def _decode(
     count, many = len(texts), len(conditions)
     whole = score or any(condition.first is None for condition in conditions)  # whether the trunk's logits are needed
     branches: list[_Rows] = []
-    trunk = engine.start_trunk(model, batch, *_taps(model, conditions, whole), room=steps)
-    edits = engine.edits_of(model, conditions)
+    groups = _groups(model, conditions)
+    trunk = engine.start_trunk(model, batch, *_taps(model, groups, whole), room=steps)
     node = torch.arange(count, device=model.device).repeat_interleave(many)  # each row's row of the trunk
-    for first, own in _by_first(model, conditions):
-        row = (torch.arange(count, device=model.device)[:, None] * many + own).flatten()
-        branch = engine.start_branch(model, trunk, first, edits.of(own.repeat(count)), node[row], room=steps)
+    for group in groups:
+        row = (torch.arange(count, device=model.device)[:, None] * many + group.own).flatten()
+        which = torch.arange(len(group.own), device=model.device).repeat(count)
+        branch = engine.start_branch(model, trunk, group.first, group.edits.of(which), node[row], room=steps)
         branches.append(_Rows(row, branch))
     valid, last = batch.valid, trunk.last
     plain = torch.tensor([condition.first is None for condition in conditions], device=model.device).repeat(count)
@@ -102,15 +103,18 @@ def _decode(
     stop = torch.tensor(model.stop_ids, device=model.device)
     running = torch.ones(count * many, dtype=torch.bool, device=model.device)
     token = torch.zeros(count * many, dtype=torch.int64, device=model.device)
-    tokens: list[list[int]] = [[] for _ in running]
-    nll: list[list[float]] = [[] for _ in running]
-    room = _room(model)
+    tokens: list[list[int]] = [[] for _ in range(len(running))]
+    nll: list[list[float]] = [[] for _ in range(len(running))]
+    scratch = _scratch(model)
     for number in range(steps):
         for rows in branches:
-            token[rows.row] = _branch_tokens(model, rows.branch.last, uniform[rows.row, number])
+            token[rows.row] = _branch_tokens(model, rows.branch.last, uniform[rows.row, number], scratch)
         cost = torch.full(token.shape, torch.nan, device=model.device)
-        if last is not None:
-            _trunk_tokens(model, last, node, running, plain, uniform[:, number], token, cost if score else None, room)
+        scored = score and number >= NLL_SKIP  # what comes before is not counted
+        if last is not None and (scored or bool(plain.any())):
+            _trunk_tokens(
+                model, last, node, running, plain, uniform[:, number], token, cost if scored else None, scratch
+            )
         who = torch.nonzero(running)[:, 0]
         for row, one, value in zip(*(x.tolist() for x in (who, token[who], cost[who])), strict=True):
             tokens[row].append(one)
@@ -130,19 +134,29 @@ def _decode(
     return tokens, nll
 
 
-def _taps(model: Model, conditions: Sequence[Condition], whole: bool) -> tuple[list[int], int]:
+@dataclass(frozen=True)
+class _Group:
+    """Conditions that leave the trunk at the same layer: which they are, and their tables."""
+
+    first: int
+    own: torch.Tensor
+    edits: engine.Edits
+
+
+def _groups(model: Model, conditions: Sequence[Condition]) -> list[_Group]:
+    """The groups of the steered conditions, from the lowest layer on; unsteered ones belong to none."""
+    groups = []
+    for first in sorted({condition.first for condition in conditions if condition.first is not None}):
+        own = [number for number, condition in enumerate(conditions) if condition.first == first]
+        edits = engine.edits_of(model, [conditions[number] for number in own])
+        groups.append(_Group(first, torch.tensor(own, device=model.device), edits))
+    return groups
+
+
+def _taps(model: Model, groups: Sequence[_Group], whole: bool) -> tuple[list[int], int]:
     """The layers at which branches leave the trunk, and the last layer that the trunk runs."""
-    taps = [first for first, _ in _by_first(model, conditions) if first != EMBEDDINGS]
+    taps = [group.first for group in groups if group.first != EMBEDDINGS]
     return taps, model.n_layers - 1 if whole else max(taps, default=EMBEDDINGS)
-
-
-def _by_first(model: Model, conditions: Sequence[Condition]) -> list[tuple[int, torch.Tensor]]:
-    """The lowest steered layers, and which conditions have each; unsteered ones have none."""
-    firsts = sorted({condition.first for condition in conditions if condition.first is not None})
-    return [
-        (first, torch.tensor([i for i, c in enumerate(conditions) if c.first == first], device=model.device))
-        for first in firsts
-    ]
 
 
 def _divide(node: torch.Tensor, token: torch.Tensor, running: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -214,14 +228,14 @@ def _uniforms(texts: Sequence[str], conditions: Sequence[Condition], steps: int)
     return drawn
 
 
-def _branch_tokens(model: Model, last: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+def _branch_tokens(model: Model, last: torch.Tensor, uniform: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
     """The next token of each row of a branch: the likeliest, or a sampled one."""
     token = torch.empty(len(last), dtype=torch.int64, device=last.device)
     for part, logits in engine.logits(model, last):
         token[part] = logits.max(-1).indices
         drawn = torch.nonzero(~uniform[part].isnan())[:, 0]
         if len(drawn):
-            weights, _ = _weights(logits[drawn], _room(model))
+            weights, _ = _weights(logits[drawn], scratch)
             token[part][drawn] = _sample(weights, range(len(drawn)), uniform[part][drawn])
     return token
 
@@ -235,7 +249,7 @@ def _trunk_tokens(
     uniform: torch.Tensor,
     token: torch.Tensor,
     cost: torch.Tensor | None,
-    room: torch.Tensor,
+    scratch: torch.Tensor,
 ) -> None:
     """Writes the next token of each unsteered row into `token`, and every row's cost (its token's NLL) into `cost`."""
     for part, logits in engine.logits(model, last):
@@ -245,22 +259,22 @@ def _trunk_tokens(
         drawn = own & ~uniform[row].isnan()
         if cost is None and not bool(drawn.any()):
             continue
-        weights, lse = _weights(logits, room)
+        weights, lse = _weights(logits, scratch)
         if bool(drawn.any()):
             token[row[drawn]] = _sample(weights, local[drawn].tolist(), uniform[row[drawn]])
         if cost is not None:
             cost[row] = lse[local] - logits[local, token[row]].float()
 
 
-def _room(model: Model) -> torch.Tensor:
+def _scratch(model: Model) -> torch.Tensor:
     """Memory for a block of weights, which is used again: new memory costs more than what is computed in it."""
     width = model.hf.lm_head.out_features
     return torch.empty(engine.HEAD_ROWS, width + -width % BLOCK, device=model.device)
 
 
-def _weights(logits: torch.Tensor, room: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _weights(logits: torch.Tensor, scratch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`exp(logits - max)` in float32, by blocks of the vocabulary, `[rows, blocks, 512]`; and logsumexp `[rows]`."""
-    weights = room[: len(logits)]
+    weights = scratch[: len(logits)]
     weights[:, : logits.shape[1]] = logits
     weights[:, logits.shape[1] :] = -torch.inf
     largest = weights.amax(-1, keepdim=True)
@@ -276,7 +290,8 @@ def _sample(weights: torch.Tensor, rows: Sequence[int], uniform: torch.Tensor) -
         target = one * edges[-1]
         block = int(torch.searchsorted(edges, target, right=True).clamp(max=len(edges) - 1))
         inside = weights[row, block].cumsum(0, dtype=torch.float64)
-        rest = target - (edges[block - 1] if block else 0.0)
+        # The sums of blocks and inside a block round differently; beyond the last edge lies no token.
+        rest = torch.minimum(target - (edges[block - 1] if block else 0.0), inside[-1] * (1 - 1e-12))
         token.append(block * BLOCK + int(torch.searchsorted(inside, rest, right=True).clamp(max=BLOCK - 1)))
     return torch.tensor(token, device=uniform.device)
 
@@ -312,25 +327,25 @@ def first_token(
         float32 `[n, m]`, on the CPU.
     """
     values = torch.full((len(prompts), len(conditions)), torch.nan)
+    groups = _groups(model, conditions)
+    plain = [number for number, condition in enumerate(conditions) if condition.first is None]
     with progress(values.numel(), title, "row") as bar, torch.no_grad():
         for start in range(0, len(prompts), PROMPTS):
             batch = engine.encode(model, prompts[start : start + PROMPTS])
             number = torch.tensor(batch.order, device=model.device) + start
-            plain = [i for i, condition in enumerate(conditions) if condition.first is None]
-            trunk = engine.start_trunk(model, batch, *_taps(model, conditions, bool(plain)))
-            if trunk.last is not None:
+            trunk = engine.start_trunk(model, batch, *_taps(model, groups, bool(plain)))
+            if trunk.last is not None and plain:
                 for part, logits in engine.logits(model, trunk.last):
                     values[number[part, None].cpu(), plain] = read(logits.float(), number[part])[:, None].cpu()
                 bar.update(len(number) * len(plain))
-            edits = engine.edits_of(model, conditions)
-            for first, every in _by_first(model, conditions):
-                for own in every.split(max(1, ROWS // len(number))):
-                    node = torch.arange(len(number), device=model.device).repeat_interleave(len(own))
-                    which = own.repeat(len(number))
-                    branch = engine.start_branch(model, trunk, first, edits.of(which), node)
+            for group in groups:
+                for some in torch.arange(len(group.own), device=model.device).split(max(1, ROWS // len(number))):
+                    node = torch.arange(len(number), device=model.device).repeat_interleave(len(some))
+                    which = some.repeat(len(number))
+                    branch = engine.start_branch(model, trunk, group.first, group.edits.of(which), node)
                     for part, logits in engine.logits(model, branch.last):
                         prompt = number[node[part]]
-                        values[prompt.cpu(), which[part].cpu()] = read(logits.float(), prompt).cpu()
+                        values[prompt.cpu(), group.own[which[part]].cpu()] = read(logits.float(), prompt).cpu()
                     bar.update(len(which))
     return values
 
