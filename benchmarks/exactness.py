@@ -28,7 +28,7 @@ def conditions(found: Directions, layer: int) -> list[steering.Condition]:
 def hooked(hf: Any, condition: steering.Condition) -> Iterator[None]:  # noqa: ANN401 - transformers' models are untyped
     """Does what the condition says to every token of every row."""
 
-    def change(vector: torch.Tensor):  # noqa: ANN202 - a hook
+    def change(vector: torch.Tensor) -> Any:  # noqa: ANN401 - a hook
         def hook(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
             if condition.operation == "add":
                 return output + vector
