@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import twin
 
-from refusal import chunks, directions, models, prompts, records, runs, steering, summaries
+from refusal import chunks, records, runs, summaries
 from refusal.files import ROOT
 
 pytestmark = pytest.mark.slow
@@ -110,15 +109,15 @@ def test_killed_and_resumed_equals_uninterrupted(small_run: Path, tmp_path: Path
 
 
 def test_under_a_memory_limit_the_work_is_split_and_ends(small_run: Path, tmp_path: Path) -> None:
-    """960 rows at once are asked for in 6.9 GB of addresses, of which the libraries take four: fewer are taken."""
+    """960 rows at once are asked for in 6.8 GB of addresses, of which the libraries take four: fewer are taken."""
     (tmp_path / "directions").symlink_to(small_run / "directions")
     (tmp_path / "records").mkdir()
     shutil.copytree(small_run / "records", tmp_path / "records", dirs_exist_ok=True)
-    limit, before = int(chunks.ADDRESSES + 2.9e9), set(FOLDER.glob("*.parquet"))
-    words = "n_prompts: 8, max_new_tokens: 21, rows: 960"
+    limit, before = int(chunks.ADDRESSES + 2.8e9), set(FOLDER.glob("*.parquet"))
+    words = "n_prompts: 4, max_new_tokens: 9, rows: 960"
     finished(execute("03", tmp_path, words, lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit))))
     frame, about = records.read(records.paths(tmp_path, MODEL, "03_sign_inversion")[0])
-    assert about["rows"] < 60 < len(frame)
+    assert about["rows"] < len(frame) == 36
     for path in set(FOLDER.glob("*.parquet")) - before:  # so that the next run of this test measures again
         path.unlink()
 
@@ -141,33 +140,6 @@ def test_replay_draws_what_is_committed(notebook: str, tmp_path: Path) -> None:
         )
         pd.testing.assert_frame_equal(drawn, kept)
     assert not (tmp_path / "no models here").exists()
-
-
-def test_the_engine_equals_the_plain_way_on_the_real_model() -> None:
-    """In float32, token for token, up to the first step at which the two top logits lie within 1e-4."""
-    model = models.load(MODEL, "float32")
-    made, layer = directions.load(ROOT / "data" / "directions" / f"{MODEL}.safetensors", expect={"model": MODEL})
-    conditions = [
-        steering.baseline(),
-        steering.add(made, layer, 1.0),
-        steering.add(made, layer, -1.0),
-        steering.add(made, [layer - 8, layer], 0.5),
-        steering.ablate(made, layer),
-    ]
-    harmful = prompts.load("harmful_evaluation")["text"]
-    texts = [harmful.loc[harmful.str.len().idxmin()], "Write one line about rain. " * 9]
-    rows = steering.generate(model, texts, conditions, max_new_tokens=10)
-    for text, row in zip(texts, rows, strict=True):
-        for condition, completion in zip(conditions, row, strict=True):
-            ids, reason, gaps = twin.generate(model, text, condition, 10)
-            pairs = list(zip(completion.token_ids, ids, strict=False))
-            same = next((place for place, (a, b) in enumerate(pairs) if a != b), len(pairs))
-            equal = (completion.token_ids, completion.stop_reason) == (ids, reason)
-            assert equal or gaps[same] < 1e-4, (condition.name, same, gaps[same])
-    assert len({completion.token_ids for row in rows for completion in row}) > 5
-    ids = rows[1][1].token_ids
-    expected = twin.reference_nll(model, texts[1], ids, conditions[0])
-    assert rows[1][1].reference_nll == pytest.approx(expected, abs=1e-3, nan_ok=True)
 
 
 def test_runs_refuse_what_they_cannot_replay(tmp_path: Path) -> None:
