@@ -110,7 +110,7 @@ tests() {
     "$PY" -m mypy || failed+=" mypy"
     # nbval executes the committed notebooks, in replay mode, and compares what they print with what is stored in them
     PYDEVD_DISABLE_FILE_VALIDATION=1 TQDM_DISABLE=1 HF_HUB_OFFLINE=1 PYTHONHASHSEED=0 JUPYTER_PREFER_ENV_PATH=1 \
-        OMP_NUM_THREADS=1 "$PY" -m pytest -n 2 --dist loadfile --nbval --nbval-current-env tests notebooks ||
+        OMP_NUM_THREADS=1 "$PY" -m pytest -n 2 --dist loadfile --no-loadscope-reorder --nbval --nbval-current-env tests notebooks ||
         failed+=" pytest"
     [ -z "$failed" ] || fail "failed:$failed."
 }
