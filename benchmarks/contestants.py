@@ -176,8 +176,9 @@ def forward_cell(hf: Any, steer: Steer, asked: dict) -> dict:  # noqa: ANN401
 def ceiling(hf: Any, asked: dict) -> dict:  # noqa: ANN401
     """The time of one token's matrix products for so many rows: every linear layer, in the model's order and dtype.
 
-    Attention, norms and everything else are left out, so that no way of generating can be faster. All weights take
-    part, as they do in a step: one weight multiplied over and over would stay in the processor's cache.
+    Attention, norms and everything else are left out, so that no way that multiplies every row by every weight can be
+    faster. All weights take part, as they do in a step: one weight multiplied over and over would stay in the
+    processor's cache.
     """
     linear = [module for module in hf.modules() if isinstance(module, torch.nn.Linear)]
     sizes = {module.in_features for module in linear}

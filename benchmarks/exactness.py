@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.contestants import trimmed
 from refusal import models, steering
 from refusal.directions import Directions
 
@@ -67,12 +68,11 @@ def compare(model: models.Model, found: Directions, layer: int, texts: Sequence[
                 **inputs, max_new_tokens=TOKENS, do_sample=False, output_logits=True, return_dict_in_generate=True
             )
         for row, said in enumerate(out.sequences[:, inputs["input_ids"].shape[1] :].tolist()):
-            end = next((place for place, token in enumerate(said) if token in model.stop_ids), None)
-            plain, own = said[:end], list(made[row][number].token_ids)
-            reason = "length" if end is None else "stop"
+            plain, own = trimmed(said, list(model.stop_ids)), list(made[row][number].token_ids)
+            reason = "length" if len(plain) == len(said) else "stop"
             if (plain, reason) != (own, made[row][number].stop_reason):
-                same = next((i for i, (a, b) in enumerate(zip(plain, own, strict=False)) if a != b), None)
-                step = min(len(plain), len(own)) if same is None else same
+                pairs = list(zip(plain, own, strict=False))
+                step = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
                 top = out.logits[step][row].topk(2).values
                 gaps.append(float(top[0] - top[1]))
     every = [completion for row in made for completion in row]

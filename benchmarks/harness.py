@@ -9,10 +9,8 @@ import os
 import platform
 import re
 import statistics
-import subprocess
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import psutil
 
@@ -21,18 +19,13 @@ from benchmarks.bench import Bench
 from benchmarks.stages import Stage, plan
 from benchmarks.summary import timings, verdicts_text
 from benchmarks.workers import ContestantError
+from refusal import provenance
 from refusal.files import ROOT, CompendiumError, atomic, cli, sha256_file, sha256_text
 from refusal.options import DEFAULT_MODEL, parse_bench
 
 SCHEMA = 1
-MEASURING = (
-    "bench",
-    "contestants",
-    "engine",
-    "exactness",
-    "stages",
-    "timing",
-)  # whose change makes results void, and in lib:
+# A change in these modules, of the benchmark and of the library, makes results void.
+MEASURING = ("bench", "contestants", "engine", "exactness", "stages", "timing")
 LIBRARY = ("activations", "conditions", "directions", "engine", "judging", "models", "prefixes", "prompts", "steering")
 GUESS = (30.0, 100.0)  # seconds: a peer's condition of 96 prompts and the engine's 960 rows, until they are measured
 
@@ -84,12 +77,9 @@ def save(bench: Bench) -> None:
 
 def hardware(about: dict) -> dict:
     """The machine, without its name."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
-        "processor": next(named, platform.processor() or platform.machine()),
+        "processor": provenance.processor() or platform.machine(),
         "cores": cores,
         "threads": about["threads"],
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
@@ -128,14 +118,9 @@ def identity(bench: Bench) -> dict:
 
 def commit() -> str:
     """The commit, and whether the code differs from it; "unknown" outside of git."""
-    words = ["git", "-C", str(ROOT)]
-    try:
-        head = subprocess.run([*words, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changes = [*words, "status", "--porcelain", "--", "lib", "benchmarks/*.py"]
-        changed = subprocess.run(changes, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head[:12] + (" with changes" if changed else "")
+    head = provenance.git(ROOT, "rev-parse", "HEAD")
+    changed = provenance.git(ROOT, "status", "--porcelain", "--", "lib", "benchmarks/*.py")
+    return head[:12] + (" with changes" if changed else "") if head else "unknown"
 
 
 def start(bench: Bench, fresh: bool) -> None:

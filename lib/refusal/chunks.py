@@ -230,10 +230,8 @@ def read(store: Store, path: Path) -> pd.DataFrame | None:
 
 def last_tokens(store: Store, frame: pd.DataFrame) -> torch.Tensor:
     """Last-token activations `[prompts, layers, width]` of prompts, kept as one chunk."""
-    path = (
-        store.folder
-        / f"{key(store, (conversion, models, prefixes, engine, activations), prompts.digest(frame))}.safetensors"
-    )
+    name = key(store, (conversion, models, prefixes, engine, activations), prompts.digest(frame))
+    path = store.folder / f"{name}.safetensors"
     with contextlib.suppress(FileNotFoundError, SafetensorError, KeyError):  # missing, or damaged
         return load_file(path)["activations"]
     measured = activations.last_token(load_model(store), frame["text"].tolist())

@@ -181,7 +181,12 @@ def profile(
 
 def _subset(size: int, count: int, draws: int, rng: np.random.Generator) -> np.ndarray:
     """Random subsets of `count` prompts, as rows of zeros and ones `[draws, size]`."""
-    return (rng.permuted(np.tile(np.arange(size), (draws, 1)), axis=1) < count).astype(float)
+    return (_orders(size, draws, rng) < count).astype(float)
+
+
+def _orders(size: int, draws: int, rng: np.random.Generator) -> np.ndarray:
+    """Random orders of the prompts, `[draws, size]`."""
+    return rng.permuted(np.tile(np.arange(size), (draws, 1)), axis=1)
 
 
 def _differences(harmful: torch.Tensor, harmless: torch.Tensor, *weights: np.ndarray) -> torch.Tensor:
@@ -197,7 +202,7 @@ def _half_cosines(
     harmful: torch.Tensor, harmless: torch.Tensor, count: int, draws: int, rng: np.random.Generator
 ) -> np.ndarray:
     """Cosines `[draws, layers]` between the directions from two disjoint random sets of `count` prompts a side."""
-    orders = [rng.permuted(np.tile(np.arange(len(x)), (draws, 1)), axis=1) for x in (harmful, harmless)]
+    orders = [_orders(len(x), draws, rng) for x in (harmful, harmless)]
     first = _differences(harmful, harmless, *((order < count).astype(float) for order in orders))
     second = _differences(
         harmful, harmless, *(((count <= order) & (order < 2 * count)).astype(float) for order in orders)

@@ -149,8 +149,8 @@ def wrap(
         tokenizer.pad_token = tokenizer.eos_token
     stop_ids = tuple(dict.fromkeys(_single_id(tokenizer, token, model_id) for token in (tokenizer.eos_token, *stop)))
     hf.eval().requires_grad_(False)
-    parts = ("model.layers.0.mlp", "model.embed_tokens", "model.norm", "lm_head")
-    lacking = [part for part in parts if part not in dict(hf.named_modules())]
+    parts, modules = ("model.layers.0.mlp", "model.embed_tokens", "model.norm", "lm_head"), dict(hf.named_modules())
+    lacking = [part for part in parts if part not in modules]
     # Some divide or multiply their logits after the head, where the engine's own head would not.
     scaled = [name for name in ("logits_scaling", "logit_scale") if getattr(hf.config, name, None) not in (None, 1)]
     if lacking or scaled:

@@ -2,7 +2,6 @@
 
 import os
 import platform
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata as packages
@@ -12,7 +11,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from refusal import __version__, chunks, directions, judging, models, prompts, records
+from refusal import __version__, chunks, directions, judging, models, prompts, provenance, records
 from refusal.files import ROOT, CompendiumError, sha256_text
 from refusal.steering import MAX_ALPHA, Condition
 
@@ -286,7 +285,7 @@ def finish(run: Run) -> None:
 
 def _provenance(run: Run, store: chunks.Store) -> dict[str, Any]:
     deciding = ("lib", "notebooks", "data/prompts", "data/*.csv", "data/*.yaml")
-    changed = _git("status", "--porcelain", "--", *deciding)
+    changed = provenance.git(ROOT, "status", "--porcelain", "--", *deciding)
     return {
         "notebook": run.notebook,
         "model": run.model,
@@ -294,27 +293,11 @@ def _provenance(run: Run, store: chunks.Store) -> dict[str, Any]:
         "facts": run.facts,
         **_flags(run),
         "library": __version__,
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": provenance.git(ROOT, "rev-parse", "HEAD"),
         "dirty": bool(changed),
         "packages": {name: packages.version(name) for name in ("nnsight", "torch", "transformers", "numpy", "pandas")},
-        "hardware": {"machine": platform.machine(), "processor": _processor(), "cores": os.cpu_count()},
+        "hardware": {"machine": platform.machine(), "processor": provenance.processor(), "cores": os.cpu_count()},
         "threads": torch.get_num_threads(),
         "wall_s": round(sum(cost["wall_s"] for cost in store.costs), 1),
         "peak_gb": round(max((cost["peak_gb"] for cost in store.costs), default=0.0), 2),
     }
-
-
-def _git(*arguments: str) -> str:
-    try:
-        done = subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=False)
-    except OSError:
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""  # without a commit, git echoes the word HEAD
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
