@@ -240,9 +240,15 @@ def last_tokens(store: Store, frame: pd.DataFrame) -> torch.Tensor:
     return measured
 
 
-def metrics(store: Store, name: str, measure: Callable[[], pd.DataFrame], inputs: Sequence[object]) -> pd.DataFrame:
-    """Metric rows, kept as one chunk; `inputs` (JSON values) is what decides them besides model and code."""
-    path = store.folder / f"{key(store, DECIDE_METRICS, name, list(inputs))}.metrics.parquet"
+def metrics(
+    store: Store,
+    name: str,
+    measure: Callable[[], pd.DataFrame],
+    inputs: Sequence[object],
+    modules: Sequence[ModuleType] = (),
+) -> pd.DataFrame:
+    """Metric rows, kept as one chunk; `inputs` (JSON values) and `modules` decide them besides the model."""
+    path = store.folder / f"{key(store, (*DECIDE_METRICS, *modules), name, list(inputs))}.metrics.parquet"
     measured = read(store, path)
     if measured is None:
         began = time.monotonic()

@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata as packages
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pandas as pd
 import torch
 
-from refusal import __version__, chunks, directions, judging, models, prompts, provenance, records
+from refusal import __version__, analyses, chunks, directions, judging, models, prompts, provenance, records
 from refusal.files import ROOT, CompendiumError, sha256_text
 from refusal.steering import MAX_ALPHA, Condition
 
@@ -111,6 +112,7 @@ def completions(
     *,
     max_new_tokens: int,
     thresholds: judging.Thresholds | None = None,
+    part: str = "",
 ) -> pd.DataFrame:
     """The record of every prompt under every condition: measured chunk by chunk, or read.
 
@@ -120,6 +122,7 @@ def completions(
         conditions: What is done to the model.
         max_new_tokens: Longest completion.
         thresholds: Of the judge; None calibrates them on these very completions (notebook 01).
+        part: A word for these completions, where a notebook makes several groups; it becomes part of `experiment`.
 
     Returns:
         Rows in the record's columns; text is redacted as in the file.
@@ -127,31 +130,34 @@ def completions(
     Raises:
         CompendiumError: In replay, a record of other prompts or conditions.
     """
+    experiment, digests = f"{run.notebook} {part}".strip(), _digests(frame, part)
     if run.store is None:
         assert run.frame is not None
-        _same(run, set(run.frame["condition"]), {condition.name for condition in conditions}, "conditions")
-        if run.about["prompts"] != _digests(frame):
+        found = run.frame[run.frame["experiment"] == experiment].reset_index(drop=True)
+        _same(run, set(found["condition"]), {condition.name for condition in conditions}, "conditions")
+        if {name: one for name, one in run.about["prompts"].items() if name.rpartition(" ")[0] == part} != digests:
             raise CompendiumError(f"the record of {run.notebook} was made with other prompts: measure it again.")
-        return run.frame
+        return found
     folder = models.fetch(run.model)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     size *= 2 if run.facts["dtype"] == "float32" else 1  # the files hold bfloat16
     row = chunks.row_bytes(folder, run.facts["dtype"], max_new_tokens, int(frame["text"].str.len().max()))
     rows = chunks.rows_that_fit(int(run.parameters["rows"]), row, size)
-    title = f"{run.notebook}: {run.model}"
+    title = f"{experiment}: {run.model}"
     raw = chunks.completions(run.store, frame, conditions, max_new_tokens=max_new_tokens, rows=rows, title=title)
     joined = raw.merge(frame.rename(columns={"text": "prompt"}), on="prompt_id", validate="many_to_one")
     if thresholds is None:
         minimum = 1 if _flags(run)["quick"] else 1000
         thresholds = judging.calibrate(joined["text"].tolist(), joined["reference_nll"].tolist(), minimum=minimum)
     labelled = judging.label_frame(joined, thresholds)
-    for name, value in _facts_by_condition(run, conditions, max_new_tokens).items():
+    for name, value in _facts_by_condition(run, conditions, experiment, max_new_tokens).items():
         labelled[name] = labelled["condition"].map(value) if isinstance(value, dict) else value
     labelled["text_sha256"] = [sha256_text(text) for text in labelled["text"]]
-    run.about |= {"thresholds": vars(thresholds), "prompts": _digests(frame), "rows": rows}
+    run.about |= {"thresholds": vars(thresholds), "prompts": run.about.get("prompts", {}) | digests, "rows": rows}
     run.raw = labelled
-    run.frame = records.redact(labelled[records.COMPLETIONS.names])
-    return run.frame
+    made = records.redact(labelled[records.COMPLETIONS.names])
+    run.frame = made if run.frame is None else pd.concat([run.frame, made], ignore_index=True)
+    return made
 
 
 def _same(run: Run, found: set[str], wanted: set[str], what: str) -> None:
@@ -162,8 +168,9 @@ def _same(run: Run, found: set[str], wanted: set[str], what: str) -> None:
         )
 
 
-def _digests(frame: pd.DataFrame) -> dict[str, str]:
-    return {str(name): prompts.digest(part) for name, part in frame.groupby("prompt_set", sort=True)}
+def _digests(frame: pd.DataFrame, part: str) -> dict[str, str]:
+    groups = frame.groupby("prompt_set", sort=True)
+    return {f"{part} {name}".strip(): prompts.digest(group) for name, group in groups}
 
 
 def _flags(run: Run) -> dict[str, bool]:
@@ -171,12 +178,14 @@ def _flags(run: Run) -> dict[str, bool]:
     return {"quick": bool(run.parameters.get("n_prompts")), "user": bool(run.parameters.get("prompts_file"))}
 
 
-def _facts_by_condition(run: Run, conditions: Sequence[Condition], max_new_tokens: int) -> dict[str, Any]:
+def _facts_by_condition(
+    run: Run, conditions: Sequence[Condition], experiment: str, max_new_tokens: int
+) -> dict[str, Any]:
     columns: dict[str, Any] = {
         "model": run.model,
         "weights_sha256": run.facts["weights_sha256"],
         "dtype": run.facts["dtype"],
-        "experiment": run.notebook,
+        "experiment": experiment,
         "max_new_tokens": max_new_tokens,
         "layers": {c.name: " ".join(map(str, c.layers)) for c in conditions},
         "seed": {c.name: -1 if c.seed is None else c.seed for c in conditions},
@@ -187,7 +196,11 @@ def _facts_by_condition(run: Run, conditions: Sequence[Condition], max_new_token
 
 
 def metrics(
-    run: Run, experiment: str, measure: Callable[[chunks.Store], pd.DataFrame], *inputs: object
+    run: Run,
+    experiment: str,
+    measure: Callable[[chunks.Store], pd.DataFrame],
+    *inputs: object,
+    modules: Sequence[ModuleType] = (),
 ) -> pd.DataFrame:
     """Rows that are no completions (geometry, screens): measured once, or read.
 
@@ -196,6 +209,7 @@ def metrics(
         experiment: Name of this group of rows within the notebook.
         measure: Makes the rows from the store; called only where nothing fitting has been measured before.
         *inputs: What decides them besides model and code: prompt digests, seeds, counts (JSON values).
+        modules: Of the library, whose code decides the rows beside those that decide activations and tokens.
 
     Returns:
         Rows in the metrics' columns.
@@ -204,7 +218,8 @@ def metrics(
     if store is None:
         (frame,) = run.metric_frames
         return frame[frame["experiment"] == experiment].reset_index(drop=True)
-    return _note(run, experiment, chunks.metrics(store, f"{run.notebook} {experiment}", lambda: measure(store), inputs))
+    name = f"{run.notebook} {experiment}"
+    return _note(run, experiment, chunks.metrics(store, name, lambda: measure(store), inputs, modules))
 
 
 def _note(run: Run, experiment: str, measured: pd.DataFrame) -> pd.DataFrame:
@@ -264,11 +279,24 @@ def load_directions(run: Run) -> tuple[directions.Directions, int]:
 
 def thresholds(run: Run) -> judging.Thresholds:
     """The judge's thresholds that notebook 01 calibrated for this model."""
-    path, _ = records.paths(run.source, run.model, FIRST)
-    _, about = records.read(path)
+    _, about = _first(run, metrics=False)
+    return judging.Thresholds(**about["thresholds"])
+
+
+def opening_tokens(run: Run) -> list[int]:
+    """The tokens with which this model opens its refusals, as notebook 01 counted them, by the plan's rule."""
+    frame, _ = _first(run, metrics=True)
+    table = analyses.openings(frame[frame["experiment"] == "openings"])
+    return [int(token) for token in table.index[table["chosen"]]]
+
+
+def _first(run: Run, metrics: bool) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """The completions or the metrics of notebook 01 for this model."""
+    path = records.paths(run.source, run.model, FIRST)[metrics]
+    frame, about = records.read(path)
     if about["facts"]["weights_sha256"] != run.facts["weights_sha256"]:
         raise CompendiumError(f"{path} was made with other weights: run notebook {FIRST} for this model again.")
-    return judging.Thresholds(**about["thresholds"])
+    return frame, about
 
 
 def finish(run: Run) -> None:

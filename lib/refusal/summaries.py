@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from refusal import __version__, directions, records, registry, statistics
+from refusal import __version__, directions, records, statistics
 from refusal.analyses import (
     LABELS,
     by_count,
@@ -25,6 +25,7 @@ from refusal.analyses import (
     study_table,
 )
 from refusal.files import CompendiumError
+from refusal.wording import p_value, people, percent, points, source_format, source_name, span
 
 DEFAULT_MODEL = "qwen2.5-coder-0.5b"
 SETS = {
@@ -57,44 +58,6 @@ FIGURES = {
     "fig_study": "03_sign_inversion",
 }
 ENOUGH_COSINE = 0.95
-
-
-def percent(share: float) -> str:
-    """A share as a percentage, e.g. "62.0"."""
-    return f"{100 * share:.1f}"
-
-
-def points(difference: float) -> str:
-    """A difference of shares in percentage points, with its sign."""
-    return f"{100 * difference:+.1f}"
-
-
-def span(interval: statistics.Interval, scale: float = 100, digits: int = 1) -> str:
-    """An interval, by default of a share in percent, e.g. "[52.2, 70.9]"."""
-    return f"[{scale * interval.low:.{digits}f}, {scale * interval.high:.{digits}f}]"
-
-
-def p_value(p: float) -> str:
-    """Two significant digits, e.g. "0.038"; "< 0.0001" below that; "1" for 1."""
-    if p < 1e-4:
-        return "< 0.0001"
-    return "1" if p > 0.995 else f"{p:.4f}" if p < 0.01 else f"{p:.2f}" if p >= 0.1 else f"{p:.3f}"
-
-
-def _name(model: str) -> str:
-    known = registry.entry(model)
-    return known.hub_id.split("/")[-1] if known.hub_id else known.gguf_name.rsplit(".", 1)[0]
-
-
-def people(model: str) -> str:
-    """The model's name for people, from its file's or hub name, with the quantisation left out."""
-    parts = [part for part in _name(model).replace(".Q", "-q").split("-") if not part.lower().startswith("q4")]
-    return "-".join(part if part[:1].isupper() else part.capitalize() for part in parts).replace("b-", "B-")
-
-
-def _source_format(model: str) -> str:
-    found = [part for part in _name(model).replace(".", "-").split("-") if part.lower().startswith("q4")]
-    return found[0].upper() if found else "safetensors"
 
 
 @dataclass(frozen=True)
@@ -269,7 +232,7 @@ def study_numbers() -> dict[str, str]:
     table = study_table().set_index(["model", "condition"])
     numbers: dict[str, str] = {}
     for name, model in {"Mistral": "mistral-7b-v0.3", "Qwen": "qwen2-7b"}.items():
-        numbers[f"Study{name}Name"] = _name(model)
+        numbers[f"Study{name}Name"] = source_name(model)
         for tail, condition in {"Baseline": "baseline", "Plus": "standard_plus", "Minus": "standard_minus",
                                 "Inverted": "inverted_plus"}.items():  # fmt: skip
             numbers[f"Study{name}{tail}"] = f"{100 * table.loc[(model, condition), 'rate']:.0f}"
@@ -301,7 +264,7 @@ def _setup_numbers(data: _Records, model: str) -> dict[str, str]:
         "ModelDtype": data.about["facts"]["dtype"],
         "ModelBlocks": str(data.about["facts"]["layers"]),
         "ModelWidth": str(data.about["facts"]["width"]),
-        "SourceFormat": _source_format(model),
+        "SourceFormat": source_format(model),
         "NewTokens": str(data.about["parameters"]["max_new_tokens"]),
         "PromptsExtraction": count(data.first, "harmful_extraction"),
         "PromptsSelection": str(screened[screened["prompt_id"].str.startswith("harmful")]["prompt_id"].nunique()),
@@ -362,7 +325,7 @@ def setup_table(data: _Records, model: str) -> pd.DataFrame:
     extraction = extraction_numbers(data.metrics, data.about_first)
     values = {
         "model": people(model),
-        "source format of the weights": _source_format(model),
+        "source format of the weights": source_format(model),
         "weights, sha256": facts["weights_sha256"][:12],
         "chat template, sha256": facts["template_sha256"][:12],
         "dtype": facts["dtype"],
