@@ -13,7 +13,7 @@ from benchmarks.contestants import random_llama
 from benchmarks.summary import LLAMA
 from benchmarks.timing import timed
 from refusal import activations, analyses, directions, judging, models, prompts, records, steering
-from refusal.files import ROOT, CompendiumError
+from refusal.files import ROOT, CompendiumError, sha256_text
 
 
 def load(job: dict) -> dict[str, Callable[[dict], dict]]:
@@ -75,6 +75,7 @@ def operations(
             "layer": layer,
             "layers": model.n_layers,
             "direction": source,
+            "direction_sha256": sha256_text(conditions({"alphas": [1.0]})[0].key()),
             "dtype": model.dtype,
             "weights_sha256": model.weights_sha256,
             "stop_ids": list(model.stop_ids),

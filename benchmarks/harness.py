@@ -26,7 +26,19 @@ from refusal.options import DEFAULT_MODEL, parse_bench
 SCHEMA = 1
 # A change in these modules, of the benchmark and of the library, makes results void.
 MEASURING = ("bench", "contestants", "engine", "exactness", "stages", "timing")
-LIBRARY = ("activations", "conditions", "directions", "engine", "judging", "models", "prefixes", "prompts", "steering")
+LIBRARY = (
+    "activations",
+    "analyses",
+    "conditions",
+    "conversion",
+    "directions",
+    "engine",
+    "judging",
+    "models",
+    "prefixes",
+    "prompts",
+    "steering",
+)
 GUESS = (30.0, 100.0)  # seconds: a peer's condition of 96 prompts and the engine's 960 rows, until they are measured
 
 
@@ -111,6 +123,7 @@ def identity(bench: Bench) -> dict:
         "dtype": about["dtype"],
         "layer": about["layer"],
         "direction": about["direction"],
+        "direction_sha256": about["direction_sha256"],
         "thresholds": about["thresholds"],
         "weights_sha256": about["weights_sha256"],
     }
