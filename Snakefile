@@ -20,7 +20,7 @@ MADE = expand(OUT + "/notebooks/{model}/{nb}.ipynb", model=MODELS, nb=TARGETS)
 # is in what decides tokens.
 RUNNERS = ("environment", "notebooks", "options", "parameters", "paper", "run", "tex")
 LIBRARY = [f"lib/refusal/{name}.py" for name in sorted(glob_wildcards("lib/refusal/{name}.py").name) if name not in RUNNERS]
-TABLES = [f"data/{name}" for name in sorted(glob_wildcards("data/{name,(prompts/)?[a-z_]+[.](csv|yaml)}").name)]
+TABLES = [f"data/{name}" for name in sorted(glob_wildcards("data/{name,((prompts|validation)/)?[a-z_]+[.](csv|yaml)}").name)]
 SHARED = LIBRARY + TABLES
 
 

@@ -28,7 +28,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from refusal import directions, prompts, records, registry
+from refusal import directions, judging, prompts, readers, records, registry
 from refusal.files import ROOT, CompendiumError
 
 LARGEST = 2_000_000  # bytes
@@ -203,7 +203,15 @@ def test_no_weights_no_large_files_no_secrets_no_folders_of_a_machine(path):
 @needs_git
 def test_no_table_but_the_prompts_holds_text():
     tables = [path for path in under(suffix=".csv") if not name_of(path).startswith(HOLD_PROMPTS)]
+    tables.remove(readers.ITEMS_FILE)  # has a column for texts, held to the rules by the next test
     assert {name_of(path): wrong for path in tables if (wrong := wrong_table(path.read_text("utf-8")))} == {}
+
+
+def test_the_items_of_the_readers_hold_no_answer_to_a_harmful_prompt():
+    items = readers.items()  # refuses what must not be stored
+    harmful = items[items["prompt_set"].map(records.is_harmful)]
+    assert len(harmful) > 50 and harmful["text"].str.len().max() <= records.LONGEST_TEXT
+    assert (harmful.loc[harmful["text"] != "", "text"].map(judging.refusing_phrase) != "").all()
 
 
 @pytest.mark.parametrize("path", under("data/records", suffix=".parquet"), ids=name_of)

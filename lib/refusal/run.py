@@ -36,14 +36,16 @@ def configure(options: Options) -> dict:
         own |= QUICK
     if options.kind == "user":
         own |= {"prompts_file": options.prompts}
-    given = {}
-    for name in notebooks():
-        known = defaults(read(find(name)), name)
-        given[name] = {key: value for key, value in own.items() if key in known}
+    known = {name: defaults(read(find(name)), name) for name in notebooks()}
+    given = {name: {key: value for key, value in own.items() if key in known[name]} for name in known}
+    chosen = list(options.only) or list(known)
     if options.prompts:
         from refusal import prompts
 
         prompts.load(options.prompts)
+        chosen = [name for name in chosen if "prompts_file" in known[name]]
+        if not chosen:
+            raise CompendiumError(f"{', '.join(options.only)} takes no prompts of your own: leave --only out.")
     if options.kind == "replay":
         for model in options.models:
             if not any((ROOT / "data" / "records" / model).glob("*.parquet")):
@@ -52,7 +54,7 @@ def configure(options: Options) -> dict:
         "out": OUT[options.kind],
         "mode": "replay" if options.kind == "replay" else "measure",
         "models": list(options.models),
-        "notebooks": list(options.only) or notebooks(),
+        "notebooks": chosen,
         "parameters": given,
         "inputs": [options.prompts] if options.prompts else [],
         "paper": options.paper,
@@ -179,13 +181,19 @@ def results(options: Options, config: dict) -> None:
     out = ROOT / config["out"]
     records = (ROOT / "data" if options.kind == "replay" else out) / "records"
     for model in options.models:
-        print(f"\nheadline numbers, {model}:" if options.paper else f"\nrates of labels, {model}:")
+        print(f"\nheadline numbers, {model}:" if options.paper else f"\nresults, {model}:")
         if options.paper:
             paper.main(["headlines", "--records", str(records), "--model", model])
             continue
         for name in config["notebooks"]:
-            shares = analyses.rates(pd.read_parquet(records / model / f"{name}.parquet"))
-            print(name, summaries.sign_table(shares).to_string(index=False), sep="\n")
+            print(name)
+            if name in summaries.REPORTS:
+                values = summaries.report(records, model, name)
+                lines = [f"  {words}: {values[key]}" for key, words in summaries.HEADLINES.items() if key in values]
+                print("\n".join(lines))
+            else:
+                shares = analyses.rates(pd.read_parquet(records / model / f"{name}.parquet"))
+                print(summaries.sign_table(shares).to_string(index=False))
     if options.paper:
         print("\ncompared with the committed numbers:")
         built, committed = out / "paper" / "generated", ROOT / "paper" / "generated"
