@@ -150,7 +150,7 @@ def stage_exact(bench: Bench) -> dict:
     short, values = texts(2 * EXACT), {}
     bench.close()
     for model, count in ((bench.model, EXACT), (SECOND, EXACT // 3), (THIRD, EXACT)):
-        some = short[:: len(short) // count][:count]  # harmful and harmless ones
+        some = short[:: max(1, len(short) // count)][:count]  # harmful and harmless ones
         of = [text * (1 + 4 * (place % 5 == 0)) for place, text in enumerate(some)]
         values[model] = bench.worker("engine", model, "float32").ask({"op": "exact", "texts": of})
         bench.say(f"{model:24} {values[model]['equal']} of {values[model]['rows']} rows equal")

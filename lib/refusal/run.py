@@ -181,19 +181,13 @@ def results(options: Options, config: dict) -> None:
     out = ROOT / config["out"]
     records = (ROOT / "data" if options.kind == "replay" else out) / "records"
     for model in options.models:
-        print(f"\nheadline numbers, {model}:" if options.paper else f"\nresults, {model}:")
+        print(f"\nheadline numbers, {model}:" if options.paper else f"\nrates of labels, {model}:")
         if options.paper:
             paper.main(["headlines", "--records", str(records), "--model", model])
             continue
         for name in config["notebooks"]:
-            print(name)
-            if name in summaries.REPORTS:
-                values = summaries.report(records, model, name)
-                lines = [f"  {words}: {values[key]}" for key, words in summaries.HEADLINES.items() if key in values]
-                print("\n".join(lines))
-            else:
-                shares = analyses.rates(pd.read_parquet(records / model / f"{name}.parquet"))
-                print(summaries.sign_table(shares).to_string(index=False))
+            shares = analyses.rates(pd.read_parquet(records / model / f"{name}.parquet"))
+            print(name, summaries.sign_table(shares).to_string(index=False), sep="\n")
     if options.paper:
         print("\ncompared with the committed numbers:")
         built, committed = out / "paper" / "generated", ROOT / "paper" / "generated"

@@ -8,17 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from refusal import (
-    __version__,
-    calibration,
-    collapse,
-    directions,
-    records,
-    specificity,
-    statistics,
-    sweeps,
-    validation,
-)
+from refusal import __version__, directions, records, statistics
 from refusal.analyses import (
     LABELS,
     by_count,
@@ -44,13 +34,6 @@ SETS = {
     "harmless_evaluation": "harmless requests",
     "user": "your prompts",
 }
-# The modules that say in numbers and words what the record of a notebook holds; 01 and 03 are below.
-REPORTS = {
-    "00_can_we_trust_the_labels": (validation, calibration),
-    "02_orthogonal_controls": (specificity,),
-    "04_llama_threshold": (collapse,),
-    "06_layer_sweep": (sweeps,),
-}
 HEADLINES = {
     "SelectedLayer": "selected layer",
     "RefusalBaseline": "refusal of harmful requests, %",
@@ -66,7 +49,6 @@ HEADLINES = {
     "HarmlessBaseline": "refusal of harmless requests, %",
     "HarmlessPlus": "the same at alpha = +1, %",
     "SignVerdict": "verdict on sign inversion",
-    **{name: words for modules in REPORTS.values() for module in modules for name, words in module.HEADLINES.items()},
 }
 FIGURES = {
     "fig_layers": "01_extraction",
@@ -312,21 +294,7 @@ def numbers(root: Path, model: str) -> dict[str, str]:
     if data.about["facts"]["weights_sha256"] != data.about_first["facts"]["weights_sha256"]:
         raise CompendiumError(f"the records of {model} in {root} come from different weights: measure both again.")
     extraction = extraction_numbers(data.metrics, data.about_first)
-    made = _setup_numbers(data, model) | extraction | sign_numbers(data.sign) | study_numbers()
-    for notebook in REPORTS:
-        if (root / model / f"{notebook}.parquet").exists():  # a model may have been measured by some notebooks only
-            made |= report(root, model, notebook)
-    return made
-
-
-def report(root: Path, model: str, notebook: str) -> dict[str, str]:
-    """The numbers of one notebook of `REPORTS`, by macro name, from a model's record of it."""
-    frame, about = records.read(root / model / f"{notebook}.parquet")
-    metrics, _ = records.read(root / model / f"{notebook}.metrics.parquet")
-    made: dict[str, str] = {}
-    for module in REPORTS[notebook]:
-        made |= module.numbers(frame, metrics, about)
-    return made
+    return _setup_numbers(data, model) | extraction | sign_numbers(data.sign) | study_numbers()
 
 
 def sign_table(shares: pd.DataFrame) -> pd.DataFrame:
