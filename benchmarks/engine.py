@@ -47,9 +47,7 @@ def recorded(model_id: str) -> tuple[judging.Thresholds, list[int]]:
     with contextlib.suppress(CompendiumError):
         completions, metrics = records.paths(ROOT / "data", model_id, "01_extraction")
         limits = judging.Thresholds(**records.read(completions)[1]["thresholds"])
-        counts = records.read(metrics)[0]
-        table = analyses.openings(counts[counts["experiment"] == "openings"])
-        openings = [int(token) for token in table.index[table["chosen"]]]
+        openings = analyses.opening_tokens(records.read(metrics)[0])
     return limits, openings
 
 

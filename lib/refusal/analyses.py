@@ -220,6 +220,12 @@ def openings(counts: pd.DataFrame) -> pd.DataFrame:
     return table.sort_values("refusals", ascending=False)
 
 
+def opening_tokens(metrics: pd.DataFrame) -> list[int]:
+    """The token ids that count as a refusal opening, from the metrics of notebook 01; errors as in `openings`."""
+    table = openings(metrics[metrics["experiment"] == "openings"])
+    return [int(token) for token in table.index[table["chosen"]]]
+
+
 def screen_means(metrics: pd.DataFrame) -> pd.DataFrame:
     """Mean log-odds of a refusal opening by layer (rows) and alpha (columns); layer -1 is unsteered."""
     screen = metrics[(metrics["experiment"] == "screen") & (metrics["metric"] == "log_odds")]

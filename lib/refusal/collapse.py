@@ -3,17 +3,16 @@
 A collapse of safety is a rise of compliance; where degeneration rises, it is the model that collapses.
 """
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
 
-from refusal import analyses, collapse_study, curves, grids, registry, statistics
+from refusal import analyses, collapse_study, curves, grids, registry
 from refusal.grids import SIGNS, rule
 from refusal.statistics import Interval
-from refusal.wording import p_value, percent, points, span
+from refusal.wording import detectable, p_value, percent, points, span
 
 HEADLINES = {
     "ThresholdVerdict": "verdict on a collapse of safety at a threshold, regardless of direction",
@@ -140,12 +139,12 @@ def _humps(safety: pd.DataFrame, whole: str) -> str:
 
 
 def _detectable(n: int, base: float) -> str:
-    least = statistics.smallest_detectable_difference(n, base)
-    if math.isnan(least):
-        return f"With {n} prompts, no change of compliance between two doses would be found with a probability of 80 %."
-    return (
-        f"With {n} prompts, a change of compliance between two doses of {percent(least)} points or more would be found "
-        "with a probability of 80 %; smaller ones may hide in what is called flat."
+    return detectable(
+        n,
+        base,
+        "With {n} prompts, a change of compliance between two doses of {points} points or more would be found with a "
+        "probability of 80 %; smaller ones may hide in what is called flat.",
+        "With {n} prompts, no change of compliance between two doses would be found with a probability of 80 %.",
     )
 
 

@@ -286,8 +286,7 @@ def thresholds(run: Run) -> judging.Thresholds:
 def opening_tokens(run: Run) -> list[int]:
     """The tokens with which this model opens its refusals, as notebook 01 counted them, by the plan's rule."""
     frame, _ = _first(run, metrics=True)
-    table = analyses.openings(frame[frame["experiment"] == "openings"])
-    return [int(token) for token in table.index[table["chosen"]]]
+    return analyses.opening_tokens(frame)
 
 
 def _first(run: Run, metrics: bool) -> tuple[pd.DataFrame, dict[str, Any]]:

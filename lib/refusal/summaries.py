@@ -25,7 +25,7 @@ from refusal.analyses import (
     study_table,
 )
 from refusal.files import CompendiumError
-from refusal.wording import p_value, people, percent, points, source_format, source_name, span
+from refusal.wording import detectable, p_value, people, percent, points, source_format, source_name, span
 
 DEFAULT_MODEL = "qwen2.5-coder-0.5b"
 SETS = {
@@ -218,12 +218,12 @@ def _conclusion(numbers: Mapping[str, str], verdict: str) -> str:
 
 
 def _power(base: "pd.Series[Any]") -> str:
-    found = statistics.smallest_detectable_difference(int(base["n"]), float(base["rate"]))
-    if np.isnan(found):
-        return f"With {base['n']:.0f} prompts, no change of this rate would be found with a probability of 80 %."
-    return (
-        f"With {base['n']:.0f} prompts, a change of {percent(found)} points or more would be found with a probability "
-        "of 80 % (if the answers to a prompt under two conditions were independent, which is cautious)."
+    return detectable(
+        int(base["n"]),
+        float(base["rate"]),
+        "With {n} prompts, a change of {points} points or more would be found with a probability of 80 % (if the "
+        "answers to a prompt under two conditions were independent, which is cautious).",
+        "With {n} prompts, no change of this rate would be found with a probability of 80 %.",
     )
 
 

@@ -15,7 +15,7 @@ from refusal.analyses import plan
 from refusal.files import ROOT
 from refusal.statistics import Interval
 from refusal.sweep_cells import gates, log_odds, means, selected_layer
-from refusal.wording import percent, span
+from refusal.wording import detectable, percent, span
 
 HEADLINES = {
     "SweepPassed": "sweep: confirmed cells that pass all three gates",
@@ -195,12 +195,12 @@ def _prediction(row: "pd.Series[Any]") -> str:
 
 
 def _power(n: int, rate: float) -> str:
-    found = statistics.smallest_detectable_difference(n, rate)
-    if math.isnan(found):
-        return f"With {n} prompts a cell, no difference from the random direction would be found with a chance of 80 %."
-    return (
-        f"With {n} prompts a cell, a difference of {percent(found)} points or more from the random direction would be "
-        "found with a chance of 80 % (before any correction, and if the answers to a prompt were independent)."
+    return detectable(
+        n,
+        rate,
+        "With {n} prompts a cell, a difference of {points} points or more from the random direction would be found "
+        "with a chance of 80 % (before any correction, and if the answers to a prompt were independent).",
+        "With {n} prompts a cell, no difference from the random direction would be found with a chance of 80 %.",
     )
 
 

@@ -1,5 +1,7 @@
 """How numbers and models are written, in notebooks and paper alike."""
 
+import math
+
 from refusal import registry, statistics
 
 
@@ -23,6 +25,19 @@ def p_value(p: float) -> str:
     if p < 1e-4:
         return "< 0.0001"
     return "1" if p > 0.995 else f"{p:.4f}" if p < 0.01 else f"{p:.2f}" if p >= 0.1 else f"{p:.3f}"
+
+
+def detectable(n: int, rate: float, some: str, none: str) -> str:
+    """What change of a rate would be found at 80 %: `some` with its points for {points}, or `none` where none would.
+
+    Args:
+        n: Prompts, whose answers under both conditions are taken as independent.
+        rate: The rate that may change.
+        some: A sentence with {points}, and maybe {n}, in it.
+        none: A sentence, maybe with {n}.
+    """
+    least = statistics.smallest_detectable_difference(n, rate)
+    return none.format(n=n) if math.isnan(least) else some.format(n=n, points=percent(least))
 
 
 def source_name(model: str) -> str:
