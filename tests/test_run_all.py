@@ -40,10 +40,11 @@ with open(root / "build" / "ran", "a") as ran:
     threads = os.environ.get("OMP_NUM_THREADS", "none")
     ran.write(f"{{NAME}} {{model}} {{mode}} {{n_prompts}} {{prompts_file}} {{threads}}\\n")
 """
-STUB_MODELS = """
+STUB_WEIGHTS = """
 import pathlib, sys
-stamp = pathlib.Path(sys.argv[sys.argv.index("--stamp") + 1])
-stamp.write_text(sys.argv[2])
+if __name__ == "__main__":
+    pathlib.Path(sys.argv[sys.argv.index("--stamp") + 1]).write_text(sys.argv[2])
+    sys.exit()
 """
 STUB_PAPER = """
 import pathlib, sys
@@ -76,7 +77,8 @@ def copy(tmp_path):
     """A copy of the compendium whose notebooks, weights and paper are stand-ins, and the environment to run it in."""
     folder = tmp_path / "a copy"
     shutil.copytree(ROOT / "lib", folder / "lib", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    (folder / "lib" / "refusal" / "models.py").write_text(STUB_MODELS)
+    models = folder / "lib" / "refusal" / "models.py"
+    models.write_text(STUB_WEIGHTS + models.read_text())
     (folder / "lib" / "refusal" / "paper.py").write_text(STUB_PAPER)
     (folder / "lib" / "refusal" / "readme.py").write_text(STUB_README)
     copied = "run_all.sh Snakefile pyproject.toml requirements.lock data/models.yaml data/analysis_plan.yaml"

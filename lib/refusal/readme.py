@@ -8,9 +8,14 @@ from refusal.files import CompendiumError, atomic
 
 BEGIN, END = "<!-- results: written by ./run_all.sh --publish -->", "<!-- /results -->"
 ROWS = (
+    ("agreement of the labels with readers (kappa), text not used for writing the rules",
+     "{LabelsKappa} {LabelsKappaInterval}; the study's rule {LabelsSeedKappa}", "00"),
     ("AUROC of held-out harmful and harmless prompts", "{SelectedAuroc} at layer {SelectedLayer}", "01"),
     ("cosine of a direction from {PairsStudy} pairs with the one from all prompts",
      "{PairsStudyCosine} {PairsStudyCosineInterval}", "01"),
+    ("swing of the log-odds of a refusal from −1 to +1, beside {ControlsDraws} random directions",
+     "{ControlsSwing} {ControlsSwingInterval}; z = {ControlsRandomZ}, rank p {ControlsRandomP}", "02"),
+    ("is the direction special, by the plan's rule", "**{ControlsVerdict}**", "02"),
     ("refusal of harmful requests, unsteered", "{RefusalBaseline} % {RefusalBaselineInterval}", "03"),
     ("… one mean difference added", "{RefusalPlus} % {RefusalPlusInterval}, Holm p {SignPlusHolm}", "03"),
     ("… one mean difference subtracted", "{RefusalMinus} % {RefusalMinusInterval}, Holm p {SignMinusHolm}", "03"),
@@ -21,6 +26,9 @@ ROWS = (
      "03"),
     ("refusal of *harmless* requests at 0, +1", "{HarmlessBaseline}, {HarmlessPlus} %", "03"),
     ("sign inversion, by the plan's rule", "**{SignVerdict}**", "03"),
+    ("collapse of safety at a threshold, regardless of direction, by the plan's rule", "**{ThresholdVerdict}**", "04"),
+    ("rank correlation of the screen with the generated refusal rate, {SweepConfirmed} cells",
+     "{SweepCorrelation} {SweepCorrelationInterval}", "06"),
 )  # fmt: skip
 
 

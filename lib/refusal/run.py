@@ -174,24 +174,37 @@ def timings(out: Path, config: dict, since: float) -> list[str]:
 
 def results(options: Options, config: dict) -> None:
     """Prints the headline numbers and how they differ from the committed ones; where no paper is made, the rates."""
-    import pandas as pd
-
-    from refusal import analyses, paper, summaries
+    from refusal import paper
 
     out = ROOT / config["out"]
     records = (ROOT / "data" if options.kind == "replay" else out) / "records"
     for model in options.models:
-        print(f"\nheadline numbers, {model}:" if options.paper else f"\nrates of labels, {model}:")
+        print(f"\nheadline numbers, {model}:" if options.paper else f"\nresults, {model}:")
         if options.paper:
             paper.main(["headlines", "--records", str(records), "--model", model])
-            continue
-        for name in config["notebooks"]:
-            shares = analyses.rates(pd.read_parquet(records / model / f"{name}.parquet"))
-            print(name, summaries.sign_table(shares).to_string(index=False), sep="\n")
+        else:
+            _reports(records, model, config["notebooks"])
     if options.paper:
         print("\ncompared with the committed numbers:")
         built, committed = out / "paper" / "generated", ROOT / "paper" / "generated"
         paper.main(["compare", "--built", str(built), "--committed", str(committed)])
+
+
+def _reports(records: Path, model: str, names: Sequence[str]) -> None:
+    """Prints what each notebook found on a model, where no paper says it."""
+    import pandas as pd
+
+    from refusal import analyses, summaries
+
+    for name in names:
+        print(name)
+        if name in summaries.REPORTS:
+            values = summaries.report(records, model, name)
+            lines = [f"  {words}: {values[key]}" for key, words in summaries.HEADLINES.items() if key in values]
+            print("\n".join(lines))
+        else:
+            shares = analyses.rates(pd.read_parquet(records / model / f"{name}.parquet"))
+            print(summaries.sign_table(shares).to_string(index=False))
 
 
 def publish(options: Options, config: dict) -> str:

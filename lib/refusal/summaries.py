@@ -8,7 +8,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from refusal import __version__, directions, records, statistics
+from refusal import (
+    __version__,
+    calibration,
+    collapse,
+    directions,
+    judging,
+    records,
+    specificity,
+    statistics,
+    sweeps,
+    validation,
+)
 from refusal.analyses import (
     LABELS,
     by_count,
@@ -34,6 +45,13 @@ SETS = {
     "harmless_evaluation": "harmless requests",
     "user": "your prompts",
 }
+# The modules that say in numbers and words what the record of a notebook holds; 01 and 03 are below.
+REPORTS = {
+    "00_can_we_trust_the_labels": (validation, calibration),
+    "02_orthogonal_controls": (specificity,),
+    "04_llama_threshold": (collapse,),
+    "06_layer_sweep": (sweeps,),
+}
 HEADLINES = {
     "SelectedLayer": "selected layer",
     "RefusalBaseline": "refusal of harmful requests, %",
@@ -49,13 +67,23 @@ HEADLINES = {
     "HarmlessBaseline": "refusal of harmless requests, %",
     "HarmlessPlus": "the same at alpha = +1, %",
     "SignVerdict": "verdict on sign inversion",
+    **{name: words for modules in REPORTS.values() for module in modules for name, words in module.HEADLINES.items()},
 }
 FIGURES = {
+    "fig_labels": "00_can_we_trust_the_labels",
+    "fig_calibration": "00_can_we_trust_the_labels",
     "fig_layers": "01_extraction",
     "fig_prompts": "01_extraction",
     "fig_cosine": "01_extraction",
+    "fig_controls": "02_orthogonal_controls",
+    "fig_controls_rates": "02_orthogonal_controls",
     "fig_sign": "03_sign_inversion",
     "fig_study": "03_sign_inversion",
+    "fig_threshold": "04_llama_threshold",
+    "fig_threshold_random": "04_llama_threshold",
+    "fig_threshold_study": "04_llama_threshold",
+    "fig_sweep": "06_layer_sweep",
+    "fig_sweep_prediction": "06_layer_sweep",
 }
 ENOUGH_COSINE = 0.95
 
@@ -275,6 +303,7 @@ def _setup_numbers(data: _Records, model: str) -> dict[str, str]:
         "StudyPrompts": count(data.sign, "harmful_study"),
         "CalibrationCompletions": str(data.about_first["thresholds"]["n"]),
         "ThresholdPercentile": str(plan()["labels"]["threshold_percentile"]),
+        "RepetitionLeast": f"{judging.LEAST_REPETITION:.2f}",
         "ConfidenceLevel": f"{100 * plan()['confidence']:.0f}",
         "LibraryVersion": __version__,
     }
@@ -294,7 +323,21 @@ def numbers(root: Path, model: str) -> dict[str, str]:
     if data.about["facts"]["weights_sha256"] != data.about_first["facts"]["weights_sha256"]:
         raise CompendiumError(f"the records of {model} in {root} come from different weights: measure both again.")
     extraction = extraction_numbers(data.metrics, data.about_first)
-    return _setup_numbers(data, model) | extraction | sign_numbers(data.sign) | study_numbers()
+    made = _setup_numbers(data, model) | extraction | sign_numbers(data.sign) | study_numbers()
+    for notebook in REPORTS:
+        if (root / model / f"{notebook}.parquet").exists():  # a model may have been measured by some notebooks only
+            made |= report(root, model, notebook)
+    return made
+
+
+def report(root: Path, model: str, notebook: str) -> dict[str, str]:
+    """The numbers of one notebook of `REPORTS`, by macro name, from a model's record of it."""
+    frame, about = records.read(root / model / f"{notebook}.parquet")
+    metrics, _ = records.read(root / model / f"{notebook}.metrics.parquet")
+    made: dict[str, str] = {}
+    for module in REPORTS[notebook]:
+        made |= module.numbers(frame, metrics, about)
+    return made
 
 
 def sign_table(shares: pd.DataFrame) -> pd.DataFrame:
