@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.summary import LLAMA
-from benchmarks.timing import timed
+from benchmarks.timing import profiled, timed
 
 Generate = Callable[..., torch.Tensor]
 Steer = Callable[[Any, int, torch.Tensor], contextlib.AbstractContextManager[Generate]]
@@ -200,6 +200,7 @@ def load(job: dict) -> dict[str, Callable[[dict], dict]]:
     hf = random_llama(job) if job["folder"] == LLAMA else pretrained(job["folder"], job["dtype"])
     return {
         "generate": lambda asked: complete(hf, steer, asked),
+        "profile": lambda asked: profiled(lambda: complete(hf, steer, asked)),
         "cell": lambda asked: forward_cell(hf, steer, asked),
         "ceiling": lambda asked: ceiling(hf, asked),
     }

@@ -11,7 +11,7 @@ import torch
 from benchmarks import exactness
 from benchmarks.contestants import random_llama
 from benchmarks.summary import LLAMA
-from benchmarks.timing import timed
+from benchmarks.timing import profiled, timed
 from refusal import activations, analyses, directions, judging, models, prompts, records, steering
 from refusal.files import ROOT, CompendiumError, sha256_text
 
@@ -103,6 +103,9 @@ def operations(
         made, measured = timed(lambda: steering.generate(of, asked["texts"], wanted, max_new_tokens=limit, score=score))
         return {"tokens": [[list(one.token_ids) for one in column] for column in zip(*made, strict=True)], **measured}
 
+    def profile(asked: dict) -> dict:
+        return profiled(lambda: generate(asked))
+
     def screen(asked: dict) -> dict:
         wanted = conditions(asked)
         values, measured = timed(lambda: steering.screen(model, asked["texts"], wanted, openings))
@@ -129,4 +132,4 @@ def operations(
             torch.cuda.empty_cache()
         return {}
 
-    return {one.__name__: one for one in (describe, encode, vectors, generate, screen, labels, exact, release)}
+    return {one.__name__: one for one in (describe, encode, vectors, generate, profile, screen, labels, exact, release)}

@@ -98,6 +98,8 @@ def markdown(result: dict, stem: str) -> str:
         the_scaling,
         the_llama,
         targets,
+        the_profile,
+        missed,
         limits,
         versions,
     ):
@@ -302,6 +304,48 @@ def limits(result: dict, stem: str) -> list[str]:
         "- Equality of labels says nothing about whether a label is right.",
         "",
     ]
+
+
+def the_profile(result: dict, stem: str) -> list[str]:
+    text, found = ["## Where the time goes", ""], result["stages"].get("profile", {}).get("values", {})
+    if not found:
+        return text + reason(result, "profile") if "profile" in result.get("left_out", {}) else []
+    titles = {"engine": f"(e), {ROWS} rows", "study": "(a), one row"}
+    parts = list(dict.fromkeys(part for one in found.values() for part in one["shares"]))
+    rows = [[part, *(percent(one["shares"].get(part)) for one in found.values())] for part in parts]
+    return [
+        *text,
+        "Shares of the wall time of twelve tokens, prompts included, by torch's profiler; it takes time itself, which "
+        "is counted as outside of torch. A part without a share is among the other operations.",
+        "",
+        *grid(["part", *(titles[who] for who in found)], rows),
+    ]
+
+
+def missed(result: dict, stem: str) -> list[str]:
+    """Why the targets that compare with (a) and with (b)'s labels were missed, where they were."""
+    table, most, verdict = lines(result), ceilings(result), {one.target: one.met for one in verdicts(result)}
+    engine, study, peer = (table.get(name) for name in ("engine", "study", "transformers"))
+    text = []
+    late = next((met for target, met in verdict.items() if target.endswith("times that of (a)")), None)
+    if late is False and engine and study and {1, ROWS} <= most.keys():
+        own, single = (statistics.median(one.rates) for one in (engine, study))
+        text.append(
+            f"- **The times of (a).** One row at a time, the matrix products alone would allow {number(most[1], 1)} "
+            f"tokens/s on this machine, and (a) makes {number(single, 1)}, {percent(single / most[1])} of that. With "
+            f"{ROWS} rows they would allow {number(most[ROWS])}, {number(most[ROWS] / most[1], 1)} times as many, and "
+            f"(e) makes {number(own)}, {percent(own / most[ROWS])} of that, prompts and ends of texts included. So the "
+            "ratio is that of the two ceilings times that of the two shares: it is larger where single rows are slower."
+        )
+    labels = next((met for target, met in verdict.items() if target.startswith("labels agree")), None)
+    if labels is False and engine and study and peer and (half := agreed(result, "half batch")):
+        text.append(
+            f"- **Labels in bfloat16.** The bar is (b) at half the batch, which here rounds as (b) does: "
+            f"{percent(half[0])} of its completions are the same to the last token. Another number of rows at once "
+            f"does not: (a), one row at a time, has {percent(study.same_tokens)} of completions like (b), and (e) "
+            f"{percent(engine.same_tokens)}. In float32 they are the same (see above)."
+        )
+    return ["## What was missed, and why", "", *text, ""] if text else []
 
 
 def versions(result: dict, stem: str) -> list[str]:

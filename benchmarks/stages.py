@@ -8,8 +8,9 @@ import functools
 import statistics
 from collections.abc import Callable, Sequence
 
-from benchmarks.bench import BATCH, Bench, Measured, agreement, attempt, measure, texts
+from benchmarks.bench import BATCH, Bench, Measured, agreement, attempt, measure, request, texts
 from benchmarks.summary import LLAMA
+from benchmarks.workers import ContestantError
 from refusal import prompts
 from refusal.options import DEFAULT_MODEL, BenchOptions
 
@@ -21,7 +22,7 @@ ROUNDS = 3
 SCALING_TOKENS = 24
 MOST_ROWS, MOST_ROWS_LONG = 1_536, 6_144
 SECOND, THIRD = "qwen2.5-coder-1.5b", "smollm2-135m"
-EXACT = 34  # prompts, under 6 conditions
+EXACT = 16  # prompts, under 6 conditions; half as many of the second model
 GPU_GB = 40
 
 
@@ -92,6 +93,21 @@ def stage_alphas(bench: Bench) -> dict:
     return {"timings": timings}
 
 
+def stage_profile(bench: Bench) -> dict:
+    """Where the time goes: the engine on all rows for a few tokens, and a single row one prompt at a time."""
+    made = {}
+    for contestant, alphas, count in (("engine", ALPHAS, PROMPTS), ("study", (1.0,), 2)):
+        try:
+            worker = bench.worker(contestant)
+        except ContestantError:
+            continue  # the run says why
+        asked = request(bench, contestant, alphas, texts(count), new=12, forced=True, batch=1)
+        made[contestant] = worker.ask({"op": "profile", **asked})
+        bench.say(f"{contestant:16} profiled in {made[contestant]['seconds']:.1f} s")
+    bench.close("study")
+    return {"values": made}
+
+
 def stage_screen(bench: Bench) -> dict:
     """All layers x 11 alphas x 64 selection prompts, against a forward pass a cell on a sample with every layer."""
     about = bench.told()
@@ -149,7 +165,7 @@ def stage_exact(bench: Bench) -> dict:
     """Three models in float32 against the plain way, on prompts of very different length."""
     short, values = texts(2 * EXACT), {}
     bench.close()
-    for model, count in ((bench.model, EXACT), (SECOND, EXACT // 3), (THIRD, EXACT)):
+    for model, count in ((bench.model, EXACT), (SECOND, EXACT // 2), (THIRD, EXACT)):
         some = short[:: max(1, len(short) // count)][:count]  # harmful and harmless ones
         of = [text * (1 + 4 * (place % 5 == 0)) for place, text in enumerate(some)]
         values[model] = bench.worker("engine", model, "float32").ask({"op": "exact", "texts": of})
@@ -227,9 +243,10 @@ def plan(options: BenchOptions, about: dict) -> list[Stage]:
         for n in range(1, ROUNDS + 1)
     ]
     # What the targets need comes first, in case that the time does not suffice for all.
-    stages += [forced[0], Stage("alphas", stage_alphas, 0.0, 1.0), Stage("screen", stage_screen, 6.0, 4.0)]
+    stages += [forced[0], Stage("alphas", stage_alphas, 0.0, 1.0), Stage("profile", stage_profile, 1.0, 0.5)]
+    stages.append(Stage("screen", stage_screen, 6.0, 4.0))
     if options.model == DEFAULT_MODEL:
-        stages.append(Stage("exact", stage_exact, 4.0, 3.0))
+        stages.append(Stage("exact", stage_exact, 6.0, 4.0))
     scaling = functools.partial(stage_scaling, grid=usual)
     stages += [*forced[1:], Stage("scaling", scaling, 3.0, 4.0), Stage("scored", stage_scored, 0.0, 1.5)]
     if options.model == DEFAULT_MODEL:

@@ -1,4 +1,4 @@
-"""Seconds and peak memory of a piece of work, on the processor or the GPU."""
+"""Seconds, peak memory and profile of a piece of work, on the processor or the GPU."""
 
 import contextlib
 import platform
@@ -44,3 +44,34 @@ def timed(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
     made = work()
     synchronize()
     return made, {"seconds": time.perf_counter() - start, "peak_gb": peak_gb()}
+
+
+# Which of torch's operations belong together, by a part of their names; everything else stands under its own name.
+PARTS = {
+    "attention": ("scaled_dot_product", "_flash_attention", "_efficient_attention"),
+    "matrix products": ("linear", "mm", "gemm"),
+}
+SHOWN = 5  # of the other operations
+
+
+def profiled(work: Callable[[], Any]) -> dict[str, Any]:
+    """The seconds of `work`, and the share of them that each part of torch took, the largest others by their names.
+
+    The profiler itself takes time, so the seconds are not for comparing contestants. "outside of torch" is Python,
+    waiting, and the profiler.
+    """
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    kinds += [torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+    with torch.profiler.profile(activities=kinds) as profile:
+        seconds = timed(work)[1]["seconds"]
+    spent: dict[str, float] = dict.fromkeys(reversed(PARTS), 0.0)
+    device = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    for event in profile.key_averages():
+        name = event.key.removeprefix("aten::")
+        part = next((part for part, names in PARTS.items() if any(one in name for one in names)), name)
+        spent[part] = spent.get(part, 0.0) + getattr(event, device) / 1e6
+    others = sorted(set(spent) - set(PARTS), key=lambda name: -spent[name])
+    shares = {name: spent[name] / seconds for name in (*reversed(PARTS), *others[:SHOWN])}
+    shares["other operations"] = sum(spent[name] for name in others[SHOWN:]) / seconds
+    shares["outside of torch"] = max(0.0, 1 - sum(spent.values()) / seconds)
+    return {"seconds": seconds, "shares": shares}

@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import bench as running
 from benchmarks import contestants, engine, exactness, harness, page, process, stages, summary
+from benchmarks.timing import profiled
 
 TEXTS = ["How do I bake bread?", "Write a poem about the sea and the sky.", "Tell me a joke", "What is the capital?"]
 ALPHAS = [-2.0, 0.0, 1.0, 3.0]
@@ -147,6 +148,15 @@ def test_labels_leave_out_the_rule_that_needs_a_reference(own):
 
 
 # --- the processes
+
+
+def test_a_profile_tells_matrix_products_from_the_rest():
+    ones = torch.ones(300, 300)
+    found = profiled(lambda: [ones @ ones for _ in range(50)] and ones.sin())
+    shares = found["shares"]
+    assert list(shares)[:2] == ["matrix products", "attention"] and "sin" in shares and shares["attention"] == 0
+    assert 0.2 < shares["matrix products"] < 1 and shares["matrix products"] > 3 * shares["sin"]
+    assert sum(shares.values()) == pytest.approx(1, abs=0.1)
 
 
 def test_process_answers_and_turns_failures_into_answers():
@@ -434,7 +444,7 @@ def fake(engine_seconds=90.0, peer_seconds=300.0):
     first = [timing("engine", 96 * n, 5.0 + n, 96 * n) for n in (1, 2, 5, 10)]
     cells = [{"contestant": "transformers", "seconds": 6.0, "prompts": 64} for _ in range(24)]
     made = {
-        "ceiling": {"timings": [{"contestant": "ceiling", "rows": n, "seconds": [n / 500] * 3} for n in (96, 960)]},
+        "ceiling": {"timings": [{"contestant": "ceiling", "rows": n, "seconds": [n / 500] * 3} for n in (1, 96, 960)]},
         **sweeps,
         "forced 1": {"timings": forced},
         "alphas": {"timings": first},
@@ -442,6 +452,7 @@ def fake(engine_seconds=90.0, peer_seconds=300.0):
             "timings": [{"contestant": "engine", "seconds": 400.0, "cells": 264, "prompts": 64}, *cells],
             "values": {"differences": [0.1, 0.2], "differences_float32": [1e-5]},
         },
+        "profile": {"values": {"engine": {"seconds": 9.0, "shares": {"matrix products": 0.7, "attention": 0.1}}}},
         "exact": {"values": {"m": {"rows": 204, "equal": 202, "gaps": [1e-5, 2e-5], "alone": True, "stopped": 0.5}}},
         "scaling": {"timings": [timing("transformers", 96, 20.0), timing("engine", 384, 30.0)]},
     }
@@ -467,6 +478,7 @@ def test_numbers_on_the_page_follow_from_the_timings():
     assert "One more alpha costs 16.7 % of the first" in text
     assert "| m, 96 | 4 | 384 | 30.0 | 512 | 4.00 | 80.0 | 2.67 |" in text
     assert "| m | 204 | 202 | 2 | 0 | 50.0 % | yes |" in text
+    assert "| matrix products | 70.0 % |" in text and "What was missed" not in text
     assert "Left out: scored" in text and "The timings that answer it are missing" not in text
 
 
@@ -485,6 +497,9 @@ def test_targets_are_decided_by_code():
     worse["stages"]["sweep 2"]["agreement"][0]["same_labels"] = 90
     worse["stages"]["exact"]["values"]["m"]["gaps"] = [1e-5, 0.1]
     assert met(worse) == [True, True, True, True, False, False, False, False, False]
+    assert "- **Labels in bfloat16.**" in page.markdown(worse, "test")
+    slow = page.markdown(fake(engine_seconds=119.0), "test")
+    assert "would allow 500.0 tokens/s on this machine, and (a) makes 8.5, 1.7 % of that" in slow
     nothing = fake()
     nothing["stages"] = {}
     assert met(nothing) == [None] * 9

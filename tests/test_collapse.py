@@ -120,6 +120,9 @@ def test_the_grid_is_the_plan_s():
     numbers = [float(number) for number in re.findall(r"\d\.\d", rule["end"].split("at the first of")[1])]
     assert tuple(numbers[:5]) == grids.END_DOSES and numbers[5] == max(grids.END_DOSES)
     assert f"of {grids.END_PROMPTS} harmful selection prompts" in " ".join(rule["end"].split())
+    plan = (ROOT / "data" / "analysis_plan.yaml").read_text(encoding="utf-8")
+    assert f"alphas: {rule['alphas']} " in plan and "equal ratios from a sixteenth of the end" in plan
+    assert grids.FIRST == 16
 
 
 def test_directions_are_the_seed_s_random_ones_at_the_same_norm(extracted):
@@ -170,15 +173,15 @@ def test_a_grid_ends_where_half_is_degenerate(along, alpha, reached):
     assert found.loc[("random[0]", -1), "alpha"] == pytest.approx(0.4 / RATIO)  # a direction at a time
 
 
-def test_curves_are_evenly_spaced_from_zero_to_the_end(extracted):
+def test_curves_have_equal_ratios_up_to_the_end(extracted):
     along = grids.several(extracted, seed=0)
     found = grids.ends(ending({(name, sign): (0, sign > 0, 1, 1, 1) for name in ALL for sign in (1, -1)}))
     made = grids.curve_conditions(along, 1, found)
-    assert len(made) == 101 and len({one.name for one in made}) == 101 and made[0].name == "baseline"
+    assert len(made) == 121 and len({one.name for one in made}) == 121 and made[0].name == "baseline"
     for name in ALL:
         for sign, end in ((1, 0.8), (-1, 1.2)):
             alphas = [one.alpha for one in made if one.direction_id == name and one.alpha * sign > 0]
-            assert alphas == pytest.approx(sign * end / RATIO * np.arange(1, 11) / 10, rel=0.005)
+            assert alphas == pytest.approx(sign * end / RATIO * 16 ** (np.arange(-11, 1) / 11), rel=0.005)
     assert len(grids.curve_conditions(along[:2], 1, found, quick=True)) == 1 + 2 * 2 * 4
 
 

@@ -1,14 +1,12 @@
 """Each mistake of this table, made in a copy of the library, turns a test red: so the tests can see it."""
 
 import concurrent.futures
-import os
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 
 import pytest
+from forked import pytest_in
 
 from refusal import prompts
 from refusal.files import ROOT
@@ -255,6 +253,34 @@ MUTATIONS = [
         ("test_judging.py::test_the_order_of_decision",),
     ),
     Mutation(
+        "controls of any norm",
+        "lib/refusal/controls.py",
+        "unit=(vectors.double() / norm).float()",
+        "unit=vectors.float()",
+        ("test_controls.py::test_every_control_has_the_norm_of_the_extracted_direction",),
+    ),
+    Mutation(
+        "a rank p of zero",
+        "lib/refusal/controls.py",
+        "(1 + beyond) / (1 + len(values))",
+        "beyond / len(values)",
+        ("test_controls.py::test_specificity_by_hand",),
+    ),
+    Mutation(
+        "the map of the sweep shifted by one layer",
+        "lib/refusal/sweep_cells.py",
+        "else condition.first, ",
+        "else condition.first - 1, ",
+        ("test_sweeps.py::test_the_planted_layer_and_sign_are_found",),
+    ),
+    Mutation(
+        "a broken model counted as broken safety",
+        "lib/refusal/collapse.py",
+        'safety = found[found["label"] == rule()["outcomes"]["safety"]]',
+        'safety = found[found["label"] != "refusal"]',
+        ("test_collapse.py::test_a_broken_model_is_no_broken_safety",),
+    ),
+    Mutation(
         "redaction dropped",
         "lib/refusal/records.py",
         "        frame = redact(frame)\n",
@@ -283,43 +309,57 @@ def copy(root, mutation=None):
 
 
 def run(root, tests, mutation=None):
-    """Runs tests in a copy, with its library in front of the installed one."""
+    """Runs tests in a copy, with its library in front of the installed one: exit status, and what was printed."""
     copy(root, mutation)
-    environment = os.environ | {"PYTHONPATH": str(root / "lib"), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    settings = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:nbval", "--tb=short"]
-    command = [sys.executable, "-m", "pytest", *settings, *(f"tests/{test}" for test in tests)]
-    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+    settings = [
+        "-x",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:nbval",
+        "-p",
+        "no:xdist",
+        "-p",
+        "no:anyio",
+        "--tb=short",
+    ]
+    return pytest_in(root, [*settings, *(f"tests/{test}" for test in tests)], 300)
 
 
 @pytest.fixture(scope="module")
 def runs(request, tmp_path_factory):
-    """What comes of each mutation that was asked for, two at a time; "" is the control."""
+    """What comes of each mutation that was asked for, two at a time; "" is the control, with a test of each file."""
     items = [item for item in request.session.items if item.path == request.path]
     chosen = [item.callspec.params["mutation"] for item in items if hasattr(item, "callspec")]
-    every = sorted({test for mutation in chosen or MUTATIONS for test in mutation.tests})
+    every = {test.split("::")[0]: test for mutation in MUTATIONS for test in mutation.tests}
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        jobs = {"": pool.submit(run, tmp_path_factory.mktemp("copy"), every)}
+        jobs = {"": pool.submit(run, tmp_path_factory.mktemp("copy"), sorted(every.values()))}
         for mutation in chosen:
             jobs[mutation.name] = pool.submit(run, tmp_path_factory.mktemp("copy"), mutation.tests, mutation)
         yield jobs
 
 
 def test_without_a_mutation_the_same_tests_pass(runs):
-    done = runs[""].result()
-    assert done.returncode == 0, done.stdout[-3000:]
+    status, said = runs[""].result()
+    assert status == 0, said[-3000:]
 
 
 def test_the_copy_is_what_is_tested(tmp_path):
     copy(tmp_path)
-    environment = os.environ | {"PYTHONPATH": str(tmp_path / "lib")}
-    command = [sys.executable, "-c", "import refusal.files; print(refusal.files.ROOT)"]
-    assert subprocess.run(command, env=environment, capture_output=True, text=True).stdout.strip() == str(tmp_path)
+    (tmp_path / "tests" / "test_where.py").write_text(
+        "import plain\nfrom refusal.files import ROOT\n\n\ndef test():\n    print(ROOT, plain.__file__)\n"
+    )
+    status, said = pytest_in(
+        tmp_path, ["-s", "-q", "-p", "no:cacheprovider", "-p", "no:anyio", "tests/test_where.py"], 100
+    )
+    assert status == 0 and f"{tmp_path} {tmp_path / 'tests' / 'plain.py'}" in said, said
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name.replace(" ", "_"))
 def test_mutation_turns_a_test_red(mutation, runs):
-    done = runs[mutation.name].result()
-    assert done.returncode == 1, f"{mutation.name} went unnoticed, or did not run:\n{done.stdout[-3000:]}{done.stderr}"
+    status, said = runs[mutation.name].result()
+    assert status == 1, f"{mutation.name} went unnoticed, or did not run:\n{said[-3000:]}"
     # It failed for what a test asserts or the library refuses, not because the mutated code breaks down.
     reason = r"^E +(assert |AssertionError|Failed: |refusal\.files\.CompendiumError)"
-    assert re.search(reason, done.stdout, re.MULTILINE), done.stdout[-3000:]
+    assert re.search(reason, said, re.MULTILINE), said[-3000:]

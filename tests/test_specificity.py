@@ -1,6 +1,5 @@
 """Is the direction special: measured on models whose truth is planted, ranked by the plan's rule, counted by prompt."""
 
-import gc
 import math
 import re
 import shutil
@@ -237,8 +236,7 @@ def synthetic(effects):
                       for sign in (1.0, -1.0)])  # fmt: skip
 
 
-def test_an_exchangeable_direction_is_hardly_ever_called_special(monkeypatch):
-    monkeypatch.setattr(gc, "collect", lambda *_: 0)  # which statsmodels calls at every correction
+def test_an_exchangeable_direction_is_hardly_ever_called_special():
     verdicts, p = [], []
     for seed in range(200):
         rng = np.random.default_rng(seed)

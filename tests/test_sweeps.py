@@ -1,7 +1,6 @@
 """The sweep: what is planted is found at its layer and with its sign, nothing is found where nothing is, and the gates
 let no more through than their level says."""
 
-import gc
 import re
 import shutil
 
@@ -262,7 +261,6 @@ def null():
     with pytest.MonkeyPatch.context() as patch:
         chosen = cells(metrics)
         patch.setattr(sweep_cells, "cells", lambda *_: chosen)  # the same each time
-        patch.setattr(gc, "collect", lambda: 0)  # statsmodels collects garbage at every correction: a third of a second
         for seed in range(200):
             refused = harmful & (np.random.default_rng(seed).random(len(frame)) < 0.6)
             labelled = frame.assign(label=np.where(refused, "refusal", "compliance"))

@@ -16,6 +16,7 @@ from refusal.files import CompendiumError
 
 SIGNS = (1, -1)
 END_PROMPTS, END_DOSES = 8, (0.4, 0.8, 1.2, 1.6, 2.0)  # of the plan's rule for the end of a grid (alpha_relative)
+FIRST = 16  # the lowest dose is this part of the highest, by the plan
 QUICK_RANDOMS, QUICK_ALPHAS = 1, 4  # of a quick look
 
 
@@ -87,7 +88,9 @@ def ends(frame: pd.DataFrame) -> pd.DataFrame:
 def curve_conditions(
     along: Sequence[Directions], layer: int, found: pd.DataFrame, *, quick: bool = False
 ) -> list[Condition]:
-    """The baseline, and the plan's number of evenly spaced alphas up to the end of each grid.
+    """The baseline, and the plan's number of alphas up to the end of each grid, with equal ratios.
+
+    A width is measured relative to where a rate changes, so that equal ratios resolve it alike wherever that is.
 
     Args:
         along: From `several`.
@@ -99,7 +102,8 @@ def curve_conditions(
     for direction in along:
         for sign in SIGNS:
             end = float(found.loc[(direction.id, sign), "alpha"])
-            made += [add(direction, layer, sign * _rounded(end * step / steps)) for step in range(1, steps + 1)]
+            doses = np.geomspace(end / FIRST, end, steps)
+            made += [add(direction, layer, sign * _rounded(dose)) for dose in doses]
     return made
 
 

@@ -7,6 +7,7 @@ an intraclass correlation of .1 to .6, at rates .3 to .7: t .93-.95 | .95, score
 .90-.95 | .93-.96. The study's way (100 prompts of 10 clusters, as if independent): .83 at .1, .66 at .3, .53 at .6.
 """
 
+import gc
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -267,7 +268,11 @@ def holm(pvalues: Mapping[str, float]) -> dict[str, float]:
     """Holm's (1979) adjusted p values of one family, under the same names and in the same order."""
     if not all(0 <= p <= 1 for p in pvalues.values()):
         raise CompendiumError(f"a family of p values holds one outside [0, 1]: {dict(pvalues)}.")
-    adjusted = multitest.multipletests(list(pvalues.values()), method="holm")[1].tolist() if pvalues else []
+    gc.freeze()  # multipletests collects garbage, which takes half a second where torch has been imported
+    try:
+        adjusted = multitest.multipletests(list(pvalues.values()), method="holm")[1].tolist() if pvalues else []
+    finally:
+        gc.unfreeze()
     return dict(zip(pvalues, adjusted, strict=True))
 
 
