@@ -64,7 +64,7 @@ def record(compliance=None, degenerate=None, n=24, steps=10, end=2.0, seed=0, de
     both = rng.random((2, n, 1))
     base = None
     for name in ALL:
-        for sign in grids.SIGNS:
+        for sign in grids.signs(name):
             fresh = rng.random((2, n, len(x))) > dependence
             own = np.where(fresh, rng.random((2, n, len(x))), both)
             broken = own[0] < (degenerate or {}).get((name, sign), flat(0.0))(x)
@@ -136,8 +136,8 @@ def test_directions_are_the_seed_s_random_ones_at_the_same_norm(extracted):
 def test_doses_are_relative_to_the_residual_norm_and_their_names_are_short(extracted):
     layer = 2
     made = grids.end_conditions(grids.several(extracted, seed=0), layer)
-    assert len(made) == 50 and len({one.name for one in made}) == 50
-    wanted = sorted(sign * dose for sign in (1, -1) for dose in grids.END_DOSES for _ in ALL)
+    assert len(made) == 30 and len({one.name for one in made}) == 30
+    wanted = sorted(sign * dose for name in ALL for sign in grids.signs(name) for dose in grids.END_DOSES)
     assert sorted(one.alpha_relative for one in made) == pytest.approx(wanted, rel=0.005)
     assert {one.layers for one in made} == {(layer,)}
     assert all(re.fullmatch(r"(extracted|random\[\d\]) [+-]\d+(\.\d+)?", one.name) for one in made)
@@ -177,12 +177,15 @@ def test_curves_have_equal_ratios_up_to_the_end(extracted):
     along = grids.several(extracted, seed=0)
     found = grids.ends(ending({(name, sign): (0, sign > 0, 1, 1, 1) for name in ALL for sign in (1, -1)}))
     made = grids.curve_conditions(along, 1, found)
-    assert len(made) == 121 and len({one.name for one in made}) == 121 and made[0].name == "baseline"
+    assert len(made) == 73 and len({one.name for one in made}) == 73 and made[0].name == "baseline"
     for name in ALL:
         for sign, end in ((1, 0.8), (-1, 1.2)):
+            if sign not in grids.signs(name):  # the opposite of a random direction is another random direction
+                assert name != "extracted"
+                continue
             alphas = [one.alpha for one in made if one.direction_id == name and one.alpha * sign > 0]
             assert alphas == pytest.approx(sign * end / RATIO * 16 ** (np.arange(-11, 1) / 11), rel=0.005)
-    assert len(grids.curve_conditions(along[:2], 1, found, quick=True)) == 1 + 2 * 2 * 4
+    assert len(grids.curve_conditions(along[:2], 1, found, quick=True)) == 1 + 3 * 4
 
 
 def test_a_part_that_was_not_measured_is_named():
@@ -196,7 +199,7 @@ def test_a_part_that_was_not_measured_is_named():
 def test_the_baseline_is_the_zero_of_every_curve_and_order_does_not_matter():
     frame = record({("extracted", -1): step(1.1)})
     made = curves.fit(frame, 0)
-    assert len(made) == 30 and len({one.answers[:, 0].tobytes() for one in made if one.label == "refusal"}) == 1
+    assert len(made) == 18 and len({one.answers[:, 0].tobytes() for one in made if one.label == "refusal"}) == 1
     base = frame[frame["condition"] == "baseline"].sort_values("prompt_id")
     for one in made:
         assert one.answers.shape == (24, 11)
@@ -205,7 +208,7 @@ def test_the_baseline_is_the_zero_of_every_curve_and_order_does_not_matter():
         assert one.relative == pytest.approx(RATIO * one.alphas)
         last = frame[(frame["direction_id"] == one.direction_id) & np.isclose(frame["alpha"], one.alphas[-1])]
         assert (one.answers[:, -1] == (last.sort_values("prompt_id")["label"] == one.label)).all()
-    assert sum(one.answers.sum() for one in made) == 10 * 24 * 11  # every answer has one label
+    assert sum(one.answers.sum() for one in made) == 6 * 24 * 11  # every answer has one label
     pd.testing.assert_frame_equal(tabulated(frame.sample(frac=1, random_state=1)).sort_values(
         ["direction_id", "sign", "label"], ignore_index=True), curves.table(made).sort_values(
         ["direction_id", "sign", "label"], ignore_index=True))  # fmt: skip
@@ -256,7 +259,7 @@ def test_nothing_planted_nothing_found():
 def test_nothing_planted_contradicts():
     found = tabulated(record(seed=5, rate=0.3))
     safety = found[found["label"] == "compliance"]
-    assert (safety["change"] == "no change").sum() >= 8 and (safety["verdict"] != "threshold").all()
+    assert (safety["change"] == "no change").sum() >= 5 and (safety["verdict"] != "threshold").all()
     assert (found[found["label"] == "degenerate"]["verdict"] == "flat").all()
     if set(safety["verdict"]) == {"flat"}:
         assert collapse.verdict(found) == "contradicted"
@@ -264,21 +267,21 @@ def test_nothing_planted_contradicts():
 
 def test_a_broken_model_is_no_broken_safety():
     """Degeneration at a threshold along all directions: the model collapses, and compliance only falls."""
-    along = {(name, sign): step(1.1, 0.0, 1.0) for name in ALL for sign in (1, -1)}
+    along = {(name, sign): step(1.1, 0.0, 1.0) for name in ALL for sign in grids.signs(name)}
     found = tabulated(record(degenerate=along))
     broken = found[found["label"] == "degenerate"]
     assert (broken["change"] == "rises").all() and (broken["verdict"] == "threshold").all()
     assert not (found[found["label"] == "compliance"]["change"] == "rises").any()
     assert collapse.verdict(found) == "contradicted"
     said = collapse.conclusion(found)
-    assert "Compliance rises, which is a collapse of safety, along none of 10" in said
-    assert "Degeneration rises, which is a collapse of the model, along 10 of 10" in said
+    assert "Compliance rises, which is a collapse of safety, along none of 6" in said
+    assert "Degeneration rises, which is a collapse of the model, along 6 of 6" in said
 
 
 def test_a_collapse_in_every_direction_is_found():
-    found = tabulated(record({(name, -1): step(1.1, 0.02, 0.98) for name in ALL}, dependence=0.97))
+    found = tabulated(record({(name, grids.signs(name)[-1]): step(1.1, 0.02, 0.98) for name in ALL}, dependence=0.97))
     assert collapse.verdict(found) == "replicated"
-    assert "along 5 of 10 directions and signs (extracted −, random[0] −" in collapse.conclusion(found)
+    assert "along 5 of 6 directions and signs, and" in collapse.conclusion(found)
 
 
 # ---- rising and falling again
@@ -304,7 +307,7 @@ def test_a_rate_that_rises_and_falls_again_is_not_taken_for_a_falling_one():
     assert curve.answer == "rises (a threshold), then falls"
     said = collapse.numbers(pd.concat([humped(), *whole_ends()]), None, ABOUT)
     assert (
-        "1 of 10 directions and signs (extracted −)" in said["ThresholdHumps"]
+        "1 of 6 directions and signs (extracted −)" in said["ThresholdHumps"]
         and "would be: contradicted" in said["ThresholdHumps"]
     )
     assert (said["ThresholdSafetyRises"], said["ThresholdSafetyThresholds"]) == ("1", "1")
@@ -354,7 +357,7 @@ def rows(**kinds):
     """A table of compliance curves: all flat, but for `extracted_minus=("rises", "threshold")` and the like."""
     made = []
     for name in ALL:
-        for sign in (1, -1):
+        for sign in grids.signs(name):
             key = f"{name.replace('[', '').replace(']', '')}_{'plus' if sign > 0 else 'minus'}"
             change, verdict = kinds.get(key, ("no change", "flat"))
             made.append({"direction_id": name, "sign": sign, "label": "compliance", "change": change,
@@ -375,12 +378,12 @@ ABRUPT, GRADED, OPEN = ("rises", "threshold"), ("rises", "graded"), ("rises", "n
         ({"random2_plus": ("no change", "not resolved")}, "inconclusive"),  # too few prompts
         ({"extracted_minus": ABRUPT}, "inconclusive"),
         ({f"random{i}_plus": ABRUPT for i in range(4)}, "inconclusive"),  # not along the extracted one
-        ({"extracted_plus": ABRUPT, "random0_plus": ABRUPT, "random1_minus": ABRUPT}, "inconclusive"),
-        ({"extracted_plus": ABRUPT, "random0_plus": ABRUPT, "random0_minus": ABRUPT, "random1_plus": ABRUPT},
+        ({"extracted_plus": ABRUPT, "random0_plus": ABRUPT, "random1_plus": ABRUPT}, "inconclusive"),
+        ({"extracted_plus": ABRUPT, "random0_plus": ABRUPT, "extracted_minus": ABRUPT, "random1_plus": ABRUPT},
          "inconclusive"),  # two signs of one direction are one direction
-        ({"extracted_plus": ABRUPT, "random0_plus": ABRUPT, "random1_minus": ABRUPT, "random3_plus": ABRUPT},
+        ({"extracted_plus": ABRUPT, "random0_plus": ABRUPT, "random1_plus": ABRUPT, "random3_plus": ABRUPT},
          "replicated"),
-        ({"extracted_plus": ABRUPT, "random0_plus": ABRUPT, "random1_minus": ABRUPT, "random3_plus": GRADED},
+        ({"extracted_plus": ABRUPT, "random0_plus": ABRUPT, "random1_plus": ABRUPT, "random3_plus": GRADED},
          "inconclusive"),
     ],
 )  # fmt: skip
@@ -405,7 +408,7 @@ ABOUT = {"parameters": {"seed": 0}}
 
 def whole_ends():
     """The part "ends" that belongs to such a record."""
-    return [ending({(name, sign): (0, 0.25, 0.5, 1, 1) for name in ALL for sign in (1, -1)})]
+    return [ending({(name, sign): (0, 0.25, 0.5, 1, 1) for name in ALL for sign in grids.signs(name)})]
 
 
 def whole(**changes):
@@ -420,7 +423,7 @@ def test_numbers_are_strings_under_names_of_letters_and_follow_the_record():
     assert all(isinstance(value, str) and value and "nan" not in value for value in said.values())
     assert set(collapse.HEADLINES) <= set(said)
     assert (said["ThresholdPrompts"], said["ThresholdEndPrompts"], said["ThresholdAlphas"]) == ("24", "8", "10")
-    assert (said["ThresholdCurves"], said["ThresholdRandomCurves"], said["ThresholdEnded"]) == ("10", "8", "10")
+    assert (said["ThresholdCurves"], said["ThresholdRandomCurves"], said["ThresholdEnded"]) == ("6", "4", "6")
     assert said["ThresholdNorm"] == f"{1 / RATIO:.2f}" and said["ThresholdNearestEnd"] == "1.2"
     assert said["ThresholdVerdict"] == "inconclusive" and "extracted −" in said["ThresholdHumps"]
     assert collapse.numbers(frame, None, ABOUT) == said
@@ -466,7 +469,7 @@ def test_figures_show_rates_and_fits(tmp_path):
     figures.use_style()
     frame = whole()
     made, points = curves.fit(frame, 0), curves.rates(frame)
-    assert len(points) == 5 * 3 * 21
+    assert len(points) == 3 * (21 + 4 * 11)
     assert points.groupby(["direction_id", "alpha"])["rate"].sum().to_numpy() == pytest.approx(1.0)
     data = figures_thresholds.plotted(points, made, ["extracted"])
     own = data[(data["label"] == "degenerate") & (data["alpha"] < 0)]

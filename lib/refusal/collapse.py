@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from refusal import analyses, collapse_study, curves, grids, registry
-from refusal.grids import SIGNS, rule
+from refusal.grids import rule, signs
 from refusal.statistics import Interval
 from refusal.wording import detectable, p_value, percent, points, span
 
@@ -38,7 +38,7 @@ def verdict(found: pd.DataFrame) -> str:
     at_threshold = set(safety[(safety["change"] == "rises") & (safety["verdict"] == "threshold")]["direction_id"])
     if "extracted" in at_threshold and len(at_threshold - {"extracted"}) >= 3:
         return "replicated"
-    planned = {(name, sign) for name in rule()["directions"] for sign in SIGNS}
+    planned = {(name, sign) for name in rule()["directions"] for sign in signs(name)}
     complete = planned <= set(zip(safety["direction_id"], safety["sign"], strict=True))
     resolved = safety["verdict"].isin(["flat", "graded"]) | (safety["change"] == "falls")
     return "contradicted" if complete and not at_threshold and bool(resolved.all()) else "inconclusive"

@@ -13,7 +13,7 @@ from scipy.special import expit
 
 from refusal import analyses, statistics, thresholds
 from refusal.files import CompendiumError
-from refusal.grids import SIGNS, part, rule
+from refusal.grids import part, rule, signs
 
 KINDS = {"threshold": "a threshold", "graded": "graded", "not resolved": "width not resolved"}
 DRAWS, STEEPEST_DRAWS = 300, 2000  # of each bootstrap: a replay fits thirty curves and more
@@ -83,7 +83,7 @@ def fit(frame: pd.DataFrame, seed: int) -> list[Curve]:
     rows = part(frame, "curves")
     base, steered, made = rows[rows["operation"] == "none"], rows[rows["operation"] == "add"], []
     for name in steered["direction_id"].unique():
-        for sign in SIGNS:
+        for sign in signs(name):
             own = steered[(steered["direction_id"] == name) & (np.sign(steered["alpha"]) == sign)]
             labels = pd.concat([base, own]).pivot(index="prompt_id", columns="alpha", values="label")
             if own.empty or labels.isna().any(axis=None):

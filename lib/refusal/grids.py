@@ -14,7 +14,6 @@ from refusal.conditions import MAX_ALPHA, Condition, add, baseline
 from refusal.directions import Directions
 from refusal.files import CompendiumError
 
-SIGNS = (1, -1)
 END_PROMPTS, END_DOSES = 8, (0.4, 0.8, 1.2, 1.6, 2.0)  # of the plan's rule for the end of a grid (alpha_relative)
 FIRST = 16  # the lowest dose is this part of the highest, by the plan
 QUICK_RANDOMS, QUICK_ALPHAS = 1, 4  # of a quick look
@@ -23,6 +22,11 @@ QUICK_RANDOMS, QUICK_ALPHAS = 1, 4  # of a quick look
 def rule() -> dict[str, Any]:
     """The plan's section of notebook 04."""
     return analyses.plan()["04_llama_threshold"]
+
+
+def signs(name: str) -> list[int]:
+    """The signs in which the plan steers along a direction: 1 where it is added, -1 where it is subtracted."""
+    return [int(sign) for sign in rule()["signs"][name.split("[")[0]]]
 
 
 def several(extracted: Directions, *, seed: int, quick: bool = False) -> list[Directions]:
@@ -43,7 +47,7 @@ def _rounded(alpha: float) -> float:
 
 
 def end_conditions(along: Sequence[Directions], layer: int) -> list[Condition]:
-    """The few doses, in both signs, from which the end of each grid follows.
+    """The few doses, in the plan's signs, from which the end of each grid follows.
 
     They are the plan's, in units of the mean residual norm; one beyond the largest alpha becomes that alpha.
 
@@ -55,7 +59,7 @@ def end_conditions(along: Sequence[Directions], layer: int) -> list[Condition]:
     for direction in along:
         norm = float(direction.residual_norm[layer] / direction.raw_norm[layer])
         doses = dict.fromkeys(_rounded(dose * norm) for dose in END_DOSES)
-        made += [add(direction, layer, sign * dose) for sign in SIGNS for dose in doses]
+        made += [add(direction, layer, sign * dose) for sign in signs(direction.id) for dose in doses]
     return made
 
 
@@ -100,7 +104,7 @@ def curve_conditions(
     """
     steps, made = QUICK_ALPHAS if quick else rule()["alphas"], [baseline()]
     for direction in along:
-        for sign in SIGNS:
+        for sign in signs(direction.id):
             end = float(found.loc[(direction.id, sign), "alpha"])
             doses = np.geomspace(end / FIRST, end, steps)
             made += [add(direction, layer, sign * _rounded(dose)) for dose in doses]
