@@ -487,7 +487,7 @@ def test_figures_show_rates_and_fits(tmp_path):
     assert titles[0].splitlines()[0] == "extracted direction subtracted"
     assert titles[0].splitlines()[1] == "compliance: rises (a threshold), then falls"
     assert titles[1].splitlines()[:2] == ["extracted direction added", "compliance: flat"]
-    assert "compliance rises along 0 of 8" in drawn["fig_threshold_random"].get_suptitle()
+    assert "compliance rises along 0 of 4" in drawn["fig_threshold_random"].get_suptitle()
     plt.close("all")
 
 
