@@ -118,7 +118,7 @@ def prediction(table: pd.DataFrame, baseline: "pd.Series[float]", correlation: "
     left.plot([], [], "o", color="0.4", markerfacecolor="white", label="not coherent")
     left.set(
         xlabel="screen: mean log-odds of a refusal opening,\nharmful selection prompts",
-        ylabel="generated refusal, %\nharmful evaluation prompts", ylim=(-4, 104), title="(a) what the screen predicts",
+        ylabel="generated refusal, %\nharmful evaluation prompts", ylim=(-4, 104),
     )  # fmt: skip
     left.legend(loc="best")
     said = (
@@ -126,7 +126,7 @@ def prediction(table: pd.DataFrame, baseline: "pd.Series[float]", correlation: "
         if np.isnan(correlation["rho"])
         else (f"{correlation['rho']:.2f} [{correlation['low']:.2f}, {correlation['high']:.2f}]")
     )
-    left.text(0.03, 0.97, f"Spearman: {said}".replace("-", "−"), transform=left.transAxes, va="top")
+    left.set_title("(a) what the screen predicts\n" + f"Spearman: {said}".replace("-", "−"))
     _changes(right, table)
     handles = [_handle(GATES[name], "0.75", text) for name, text in OUTCOMES.items()]
     handles.append(Line2D([], [], linestyle="none", marker="|", color="0.35", markersize=8, label="random direction"))

@@ -68,7 +68,7 @@ def randoms(points: pd.DataFrame, made: Sequence[Curve]) -> Figure:
         own = [curve for curve in others if curve.label == label]
         rising = [curve for curve in own if curves.change(curve.described) == "rises"]
         abrupt = sum(curve.described.verdict == "threshold" for curve in rising)
-        where = f"{len(rising)} of {len(own)} random directions and signs"
+        where = f"{len(rising)} of {len(own)} random directions"
         said.append(f"{noun} rises along {where}, at a threshold along {abrupt}")
     figure.suptitle("\n".join(said), fontsize=8)
     _legend(figure)
