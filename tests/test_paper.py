@@ -11,14 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from refusal import __version__, paper, tex
+from refusal import __version__, paper, summaries, tex
 from refusal.files import ROOT, CompendiumError
 
 DEFAULT, OTHER = "qwen2.5-coder-0.5b", "smollm2-135m"
-FIGURES = {
-    **dict.fromkeys(["fig_layers", "fig_prompts", "fig_cosine"], "01_extraction"),
-    **dict.fromkeys(["fig_sign", "fig_study"], "03_sign_inversion"),
-}
+FIGURES = summaries.FIGURES
 HEADLINES = {"RefusalPlus": "refusal rate at α = +1, %", "SignVerdict": "verdict", "SignPlusHolm": "Holm p at +1"}
 
 
@@ -132,7 +129,8 @@ def test_figures_of_the_first_model_are_copied(project):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(name)
     paper.generate(project / "records", project, project / "figures")
-    assert {path.stem for path in (project / "paper" / "figures").iterdir()} == set(FIGURES)
+    used = set(tex.FIGURE.findall((project / "paper" / "main.tex").read_text("utf-8")))
+    assert {path.stem for path in (project / "paper" / "figures").iterdir()} == used < set(FIGURES)
     (project / "figures" / DEFAULT / "fig_sign.pdf").unlink()
     with pytest.raises(CompendiumError, match="run the notebook 03_sign_inversion"):
         paper.generate(project / "records", project, project / "figures")

@@ -602,4 +602,4 @@ def test_the_prediction_figure_shows_the_rates(_style, screened, confirmed):
     ]
     expected = [(0.5, 75.0), *zip(table["screen"], 100 * table["rate"], strict=True)]
     np.testing.assert_allclose(sorted(shown), sorted(expected))
-    assert f"{over['rho']:.2f}" in figure.axes[0].texts[0].get_text()
+    assert f"{over['rho']:.2f}" in figure.axes[0].get_title()
