@@ -230,6 +230,12 @@ def test_cli(monkeypatch, capsys, outcome, status, said):
     assert capsys.readouterr() == ("", said)
 
 
+def test_a_reader_that_has_gone_is_no_fault_of_ours():
+    command = f"{sys.executable} -c \"from refusal.files import cli; cli(lambda _: print('x' * 10**6))\" | head -c 1"
+    done = subprocess.run(["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (141, "x", "")
+
+
 def test_cli_does_not_hide_our_own_faults():
     def main(_):
         raise ZeroDivisionError

@@ -103,7 +103,7 @@ def study(counts: pd.DataFrame, made: dict[str, Curve], pair: tuple[float, float
     axes.set_yticks([0, 25, 50, 75, 100])
     width = first.found.width_interval
     axes.set_title(
-        f"{people(str(counts['model'].iloc[0]))}, published counts (n = {counts['n'].iloc[0]} each): "
+        f"{people(str(counts['model'].iloc[0]))}, published counts (n = {counts['n'].iloc[0]} each)\n"
         f"{first.answer}, relative width {first.found.width:.2f} [{width.low:.2f}, {width.high:.2f}]"
     )
     axes.legend(loc="center left")

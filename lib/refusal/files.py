@@ -106,3 +106,6 @@ def cli(main: Callable[[Sequence[str]], int | None]) -> None:
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here.", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # whoever read what we print has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
