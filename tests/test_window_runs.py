@@ -44,6 +44,11 @@ def test_the_doses_are_the_plans():
     pilot = {alpha for alpha in window_pilot.counts()["alpha"] if alpha}
     for some in (doses, window_runs.doses(quick=True)):
         assert set(planned) | pilot <= set(some)
+    many = window_runs.doses("many")
+    assert many == window_runs.doses("own") == [-dose for dose in many[::-1]]
+    assert len(many) == 24 and (many[12], many[-1]) == (0.04, 3)
+    ratios = np.divide(many[13:], many[12:-1])
+    assert ratios.max() < 1.03 * ratios.min()
 
 
 @pytest.mark.parametrize(
@@ -164,6 +169,8 @@ def test_disturbance_leaves_out_texts_that_are_too_short():
     table = window_costs.disturbance(pd.concat([base, steered]), kl, ["one"], seed=0).set_index(["measure", "alpha"])
     assert table.loc[("nll", 0.0), "value"] == 2 and table.loc[("nll", 0.0), "n"] == 3
     assert np.isnan(table.loc[("nll", 1.0), "value"]) and table.loc[("nll", 1.0), "n"] == 0
+    alike = window_costs._means(np.array([[2.0], [np.nan], [2.0], [np.nan]]), np.arange(4), seed=0)
+    assert alike.loc[0, ["n", "value", "low", "high"]].tolist() == [2, 2, 2, 2]
     assert table.loc[("kl", 0.0), ["value", "low", "high"]].tolist() == [0, 0, 0]
     row = table.loc[("kl", 1.0)]
     assert row["value"] == 3 and 1 <= row["low"] < 3 < row["high"] <= 6
@@ -218,11 +225,11 @@ def test_projections_are_in_units_of_each_layers_raw_norm():
         assert one["value"].tolist() == [pytest.approx(wanted, rel=1e-5)]
 
 
-def moved(by, n=20, n_layers=12, noise=0.05, seed=0, clusters=None):
+def moved(by, n=20, n_layers=12, noise=0.05, seed=0, clusters=None, signs=(-1, 1)):
     """A record, and metrics in which each demand moves the projection by so much at every layer, up or down."""
     rng, rows = np.random.default_rng(seed), []
     base = rng.normal(size=(n, n_layers))
-    sign = rng.choice([-1, 1], size=(n, 1))
+    sign = rng.choice(signs, size=(n, 1))
     for demand in ("none", *DEMANDS):
         values = base + (0 if demand == "none" else sign * by + rng.normal(0, noise, (n, n_layers)))
         rows += [
@@ -245,6 +252,7 @@ def test_a_change_in_late_layers_is_found_and_its_size_too():
     assert "more in late layers than in early ones, as the pilot supposes" in window_formats._late(found)
     early = window_formats.contrast(*moved(by[::-1]), seed=0)
     assert early.difference == pytest.approx(-0.5, abs=0.03) and "unlike what" in window_formats._late(early)
+    assert window_formats.contrast(*moved(by, signs=(-1,)), seed=0).signed == pytest.approx(-0.6, abs=0.02)
     table = window_formats.by_layer(*moved(by), seed=0)
     assert set(table["statistic"]) == {"size", "change"} and len(table) == 2 * 3 * 12
     size = table[(table["statistic"] == "size") & (table["layer"] == 5)]

@@ -36,15 +36,19 @@ def rule() -> dict[str, Any]:
     return plan()[NOTEBOOK]
 
 
-def doses(quick: bool = False) -> list[float]:
-    """The plan's alphas but for 0, which is the baseline of all variants.
+def doses(variant: str = "one", quick: bool = False) -> list[float]:
+    """The plan's alphas but for 0, which is the baseline of all variants: evenly spaced, or with equal ratios.
 
     Args:
+        variant: A key of VARIANTS; what many layers add sums up, so that their grid is finer near zero.
         quick: A few of them only.
     """
     if quick:
         return list(QUICK)
-    grid = rule()["alphas"]
+    grid = rule()["alphas"]["one" if variant == "one" else "many"]
+    if "first" in grid:
+        side = [float(f"{dose:.3g}") for dose in np.geomspace(grid["first"], grid["to"], grid["count"] // 2)]
+        return [-dose for dose in side[::-1]] + side
     return [alpha for alpha in np.linspace(grid["from"], grid["to"], grid["count"]).round(6).tolist() if alpha != 0]
 
 
@@ -103,7 +107,7 @@ def at(made: Directions, layer: int, variant: str, alpha: float) -> Condition:
 
 def curve_conditions(made: Directions, layer: int, variants: Sequence[str], *, quick: bool = False) -> list[Condition]:
     """All doses of some variants, without the baseline; arguments as in `at` and `doses`."""
-    return [at(made, layer, variant, alpha) for variant in variants for alpha in doses(quick)]
+    return [at(made, layer, variant, alpha) for variant in variants for alpha in doses(variant, quick)]
 
 
 def defence_conditions(made: Directions, layer: int) -> list[Condition]:
