@@ -139,6 +139,7 @@ def measure(
     forced: bool = False,
     batch: int = BATCH,
     score: bool = False,
+    profile: bool = False,
     model: str = "",
     dtype: str = "",
     quiet: bool = False,
@@ -154,15 +155,22 @@ def measure(
         forced: Go on to `new` tokens whatever the model says.
         batch: Prompts at a time; the engine decides by itself.
         score: The engine scores the completions by the unsteered model as well.
+        profile: Say where the time goes (`shares`); that takes time itself.
         model: "" for the run's.
         dtype: "" for the run's.
         quiet: Print nothing.
     """
-    worker = bench.worker(contestant, model, dtype)
-    asked = request(
-        bench, contestant, alphas, of, new=new, forced=forced, batch=batch, score=score, model=model, dtype=dtype
-    )
-    made = worker.ask({"op": "generate", **asked})
+    about = bench.told(model, dtype)
+    engine, worker = bench.worker("engine", model, dtype), bench.worker(contestant, model, dtype)
+    asked: dict[str, Any] = {"op": "generate", "max_new_tokens": new, "profile": profile}
+    if contestant == "engine":
+        asked |= {"texts": list(of), "alphas": list(alphas), "forced": forced, "score": score}
+    else:
+        asked |= engine.ask({"op": "encode", "texts": list(of)})
+        asked |= engine.ask({"op": "vectors", "alphas": list(alphas)})
+        asked |= {"layer": about["layer"], "pad": about["pad"], "batch": batch}
+        asked["stop_ids"] = [-1] if forced else about["stop_ids"]
+    made = worker.ask(asked)
     tokens = made.pop("tokens")
     timing = {
         "contestant": contestant,
@@ -185,28 +193,6 @@ def measure(
             f"{contestant:16} {work:32} {timing['seconds']:7.1f} s {rate:7.0f} tokens/s {timing['peak_gb']:5.1f} GB"
         )
     return Measured(timing, tokens)
-
-
-def request(
-    bench: Bench,
-    contestant: str,
-    alphas: Sequence[float],
-    of: Sequence[str],
-    *,
-    new: int,
-    forced: bool = False,
-    batch: int = BATCH,
-    score: bool = False,
-    model: str = "",
-    dtype: str = "",
-) -> dict[str, Any]:
-    """What a contestant is asked to complete: texts for the engine, tokens and vectors for a peer; see `measure`."""
-    if contestant == "engine":
-        return {"texts": list(of), "alphas": list(alphas), "forced": forced, "score": score, "max_new_tokens": new}
-    about, engine = bench.told(model, dtype), bench.worker("engine", model, dtype)
-    asked = engine.ask({"op": "encode", "texts": list(of)}) | engine.ask({"op": "vectors", "alphas": list(alphas)})
-    asked |= {"layer": about["layer"], "pad": about["pad"], "batch": batch, "max_new_tokens": new}
-    return asked | {"stop_ids": [-1] if forced else about["stop_ids"]}
 
 
 def attempt(bench: Bench, contestant: str, *arguments: Any, **more: Any) -> Measured | None:  # noqa: ANN401

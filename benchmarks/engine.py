@@ -100,11 +100,9 @@ def operations(
     def generate(asked: dict) -> dict:
         of = dataclasses.replace(model, stop_ids=(-1,)) if asked["forced"] else model
         wanted, limit, score = conditions(asked), asked["max_new_tokens"], asked.get("score", False)
-        made, measured = timed(lambda: steering.generate(of, asked["texts"], wanted, max_new_tokens=limit, score=score))
+        clock = profiled if asked.get("profile") else timed
+        made, measured = clock(lambda: steering.generate(of, asked["texts"], wanted, max_new_tokens=limit, score=score))
         return {"tokens": [[list(one.token_ids) for one in column] for column in zip(*made, strict=True)], **measured}
-
-    def profile(asked: dict) -> dict:
-        return profiled(lambda: generate(asked))
 
     def screen(asked: dict) -> dict:
         wanted = conditions(asked)
@@ -132,4 +130,4 @@ def operations(
             torch.cuda.empty_cache()
         return {}
 
-    return {one.__name__: one for one in (describe, encode, vectors, generate, profile, screen, labels, exact, release)}
+    return {one.__name__: one for one in (describe, encode, vectors, generate, screen, labels, exact, release)}

@@ -307,7 +307,7 @@ def limits(result: dict, stem: str) -> list[str]:
 
 
 def the_profile(result: dict, stem: str) -> list[str]:
-    text, found = ["## Where the time goes", ""], result["stages"].get("profile", {}).get("values", {})
+    text, found = ["## Where the time goes", ""], {one["contestant"]: one for one in timings(result, "profile")}
     if not found:
         return text + reason(result, "profile") if "profile" in result.get("left_out", {}) else []
     titles = {"engine": f"(e), {ROWS} rows", "study": "(a), one row"}

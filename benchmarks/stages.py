@@ -8,9 +8,8 @@ import functools
 import statistics
 from collections.abc import Callable, Sequence
 
-from benchmarks.bench import BATCH, Bench, Measured, agreement, attempt, measure, request, texts
+from benchmarks.bench import BATCH, Bench, Measured, agreement, attempt, measure, texts
 from benchmarks.summary import LLAMA
-from benchmarks.workers import ContestantError
 from refusal import prompts
 from refusal.options import DEFAULT_MODEL, BenchOptions
 
@@ -95,17 +94,12 @@ def stage_alphas(bench: Bench) -> dict:
 
 def stage_profile(bench: Bench) -> dict:
     """Where the time goes: the engine on all rows for a few tokens, and a single row one prompt at a time."""
-    made = {}
-    for contestant, alphas, count in (("engine", ALPHAS, PROMPTS), ("study", (1.0,), 2)):
-        try:
-            worker = bench.worker(contestant)
-        except ContestantError:
-            continue  # the run says why
-        asked = request(bench, contestant, alphas, texts(count), new=12, forced=True, batch=1)
-        made[contestant] = worker.ask({"op": "profile", **asked})
-        bench.say(f"{contestant:16} profiled in {made[contestant]['seconds']:.1f} s")
+    made = [
+        attempt(bench, contestant, alphas, texts(count), new=12, forced=True, batch=1, profile=True)
+        for contestant, alphas, count in (("engine", ALPHAS, PROMPTS), ("study", (1.0,), 2))
+    ]
     bench.close("study")
-    return {"values": made}
+    return {"timings": [one.timing for one in made if one]}
 
 
 def stage_screen(bench: Bench) -> dict:

@@ -54,8 +54,8 @@ PARTS = {
 SHOWN = 5  # of the other operations
 
 
-def profiled(work: Callable[[], Any]) -> dict[str, Any]:
-    """The seconds of `work`, and the share of them that each part of torch took, the largest others by their names.
+def profiled(work: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
+    """As `timed`, with the share of the seconds that each part of torch took, the largest others by their names.
 
     The profiler itself takes time, so the seconds are not for comparing contestants. "outside of torch" is Python,
     waiting, and the profiler.
@@ -63,7 +63,8 @@ def profiled(work: Callable[[], Any]) -> dict[str, Any]:
     kinds = [torch.profiler.ProfilerActivity.CPU]
     kinds += [torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else []
     with torch.profiler.profile(activities=kinds) as profile:
-        seconds = timed(work)[1]["seconds"]
+        made, measured = timed(work)
+    seconds = measured["seconds"]
     spent: dict[str, float] = dict.fromkeys(reversed(PARTS), 0.0)
     device = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
     for event in profile.key_averages():
@@ -74,4 +75,4 @@ def profiled(work: Callable[[], Any]) -> dict[str, Any]:
     shares = {name: spent[name] / seconds for name in (*reversed(PARTS), *others[:SHOWN])}
     shares["other operations"] = sum(spent[name] for name in others[SHOWN:]) / seconds
     shares["outside of torch"] = max(0.0, 1 - sum(spent.values()) / seconds)
-    return {"seconds": seconds, "shares": shares}
+    return made, {**measured, "shares": shares}

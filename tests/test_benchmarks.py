@@ -152,7 +152,7 @@ def test_labels_leave_out_the_rule_that_needs_a_reference(own):
 
 def test_a_profile_tells_matrix_products_from_the_rest():
     ones = torch.ones(300, 300)
-    found = profiled(lambda: [ones @ ones for _ in range(50)] and ones.sin())
+    _, found = profiled(lambda: [ones @ ones for _ in range(50)] and ones.sin())
     shares = found["shares"]
     assert list(shares)[:2] == ["matrix products", "attention"] and "sin" in shares and shares["attention"] == 0
     assert 0.2 < shares["matrix products"] < 1 and shares["matrix products"] > 3 * shares["sin"]
@@ -452,7 +452,7 @@ def fake(engine_seconds=90.0, peer_seconds=300.0):
             "timings": [{"contestant": "engine", "seconds": 400.0, "cells": 264, "prompts": 64}, *cells],
             "values": {"differences": [0.1, 0.2], "differences_float32": [1e-5]},
         },
-        "profile": {"values": {"engine": {"seconds": 9.0, "shares": {"matrix products": 0.7, "attention": 0.1}}}},
+        "profile": {"timings": [timing("engine", 960, 9.0, shares={"matrix products": 0.7, "attention": 0.1})]},
         "exact": {"values": {"m": {"rows": 204, "equal": 202, "gaps": [1e-5, 2e-5], "alone": True, "stopped": 0.5}}},
         "scaling": {"timings": [timing("transformers", 96, 20.0), timing("engine", 384, 30.0)]},
     }

@@ -128,7 +128,7 @@ def _resolution(found: pd.DataFrame) -> str:
 
 
 def _humps(safety: pd.DataFrame, whole: str) -> str:
-    """What is said of curves that rise and fall again, which the plan does not mention."""
+    """What is said of curves that rise and fall again, and what whole grids would give."""
     humped = safety[safety["humped"]]
     if humped.empty:
         return "No compliance rate rises and then falls again."

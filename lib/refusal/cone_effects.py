@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from refusal import cone_tables, controls, statistics
 from refusal.analyses import plan
 from refusal.cone_geometry import Counts
-from refusal.cone_screens import family_of, member_of
+from refusal.cone_screens import member_of
+from refusal.control_screens import family_of
 from refusal.files import CompendiumError
 from refusal.specificity import mean_interval
 from refusal.statistics import Interval

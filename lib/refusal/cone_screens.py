@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 
 from refusal import chunks, controls, directions, steering
 from refusal.conditions import Condition
+from refusal.control_screens import SIGNS
 from refusal.directions import Directions
 from refusal.files import CompendiumError
 from refusal.models import Model
 
-SIGNS = (1.0, -1.0)
 GENERATED_RANDOM = 2  # random directions with completions (analysis plan)
 COMBINED_PROMPTS = 12  # a category, with completions under combinations (analysis plan)
 
@@ -25,11 +25,6 @@ COMBINED_PROMPTS = 12  # a category, with completions under combinations (analys
 def names(family: str, members: Sequence[str] | int) -> list[str]:
     """The ids of a family's directions, such as "category[weapons]" or "random[3]"."""
     return [f"{family}[{one}]" for one in (range(members) if isinstance(members, int) else members)]
-
-
-def family_of(direction_id: str) -> str:
-    """E.g. "category" of `category[weapons]`."""
-    return direction_id.partition("[")[0]
 
 
 def member_of(direction_id: str) -> str:
