@@ -127,7 +127,7 @@ def test_one_shared_direction_gives_a_constant_matrix_and_is_called_shared(world
 
 @pytest.mark.parametrize("n", [3, 4, 9, 16, 32, 64])
 def test_one_shared_direction_is_not_called_separate_at_any_number_of_prompts(worlds, n):
-    """Where the seed's toolkit sees a polyhedron, since its vectors are noisy: what is shared still works alike."""
+    """Where the pilot's toolkit sees a polyhedron, since its vectors are noisy: what is shared still works alike."""
     made = made_from(worlds["shared"], n)
     rows, kinds = screened(worlds["shared"], made, n=4)
     verdict, found = verdict_of(rows, kinds)

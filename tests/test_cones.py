@@ -1,4 +1,4 @@
-"""The geometry of several directions: the seed's figures, what is planted, and nothing where nothing is."""
+"""The geometry of several directions: the pilot's figures, what is planted, and nothing where nothing is."""
 
 import itertools
 import math
@@ -18,10 +18,10 @@ TOPICS = tuple(f"topic {i}" for i in range(8))
 FEW = Counts(per_category=(3, 4, 8), draws=39, subsamples=15, splits=20, bootstraps=100)
 
 
-# ---- the seed's figures (methods, section 7)
+# ---- the pilot's figures (methods, section 7)
 
 
-def test_the_seeds_figures_follow_from_its_six_cosines():
+def test_the_pilots_figures_follow_from_its_six_cosines():
     cosine = cone_study.gram()
     found = cones.statistics(cosine)
     assert found["entropy_rank"] == pytest.approx(3.965, abs=5e-4)
@@ -52,7 +52,7 @@ def test_random_directions():
     assert drawn["mean_abs_cosine"][0] == pytest.approx(math.sqrt(2 / math.pi / 896), abs=1e-3)
 
 
-def test_the_seeds_numbers_come_in_words():
+def test_the_pilots_numbers_come_in_words():
     said, table = cone_study.numbers(), cone_study.table()
     assert said["ConesStudyRank"] == "3.965" and said["ConesStudyPrompts"] == "3, 4, 4, 9"
     assert said["ConesStudyLowestEqual"] == "0.40" and said["ConesStudyRandomRank"] == "3.998"
@@ -256,7 +256,7 @@ def test_the_planted_number_of_directions_is_found(kinds):
 
 @pytest.mark.parametrize("n", [3, 4, 9, 16, 32, 64])
 def test_one_shared_direction_is_not_taken_for_several_at_any_number_of_prompts(n):
-    """The seed's toolkit calls it polyhedral, at 64 prompts as at 3; the unbiased cosine and its p do not."""
+    """The pilot's toolkit calls it polyhedral, at 64 prompts as at 3; the unbiased cosine and its p do not."""
     means, cosine, called, p = one_direction(width=200, size=4.0), [], [], []
     for seed in range(12):
         activations, where = world(means, 1.5, n, seed=100 + seed)

@@ -23,7 +23,7 @@ class Layout:
         about: Harmless questions about each.
         harmless: The baseline of all.
         beside: For each category, the harmless prompts at the places of their file which the category's harmful ones
-            have in theirs: the baseline that the seed's toolkit takes.
+            have in theirs: the baseline that the pilot's toolkit takes.
         everyday: The harmless prompts by topic.
         total: Prompts in all.
     """
@@ -72,7 +72,7 @@ def observed(where: Layout, sizes: Sequence[int], draws: int, rng: np.random.Gen
 
 
 def own(where: Layout, sizes: Sequence[int], draws: int, rng: np.random.Generator) -> Floats:
-    """The seed's variant: each category against other harmless prompts, at the same places; contrasts `cones.apart`."""
+    """The pilot's variant: each category against other harmless prompts, at the same places; contrasts `cones.apart`."""
     made = []
     for _ in range(draws):
         pairs = [

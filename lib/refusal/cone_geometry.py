@@ -9,7 +9,7 @@ Rows, by `metric`:
   categories from random halves, which the unbiased one should equal.
 - `<statistic>_low`, `_high` of direction_id "bootstrap": 95 % intervals; of a pair at the selected layer: `cosine_low`.
 - `<statistic>_low`, `_median`, `_high` of "permuted[64]" and the like: the central 95 % of a family's draws, at so many
-  prompts a category, or at the seed's; `polyhedral`: the share of draws that the seed's toolkit calls so.
+  prompts a category, or at the pilot's; `polyhedral`: the share of draws that the pilot's toolkit calls so.
   `<statistic>` alone, with `draw`: the draws that a p value needs.
 """
 
@@ -28,7 +28,7 @@ from refusal.files import CompendiumError
 ABOUT = "about "
 FAMILIES = ("observed", "own", "permuted", "topics", "planted", "random")  # a place is part of a seed: append
 NULLS = ("permuted", "topics", "planted")  # with prompts; random has none
-STUDY_LAYER = 2  # beside the selected layer: where the seed found its highest rank
+STUDY_LAYER = 2  # beside the selected layer: where the pilot found its highest rank
 LEAST = 2  # prompts a category, without which there is no unbiased product
 ENDS = (0.025, 0.975)
 
@@ -86,7 +86,7 @@ def rows(inner: Floats, where: Layout, width: int, layer: int, counts: Counts, s
             parts += _family(inner, where, family, _equal(where, n), str(n), layer, every, counts, seed)
         studied = _studied(where)
         if studied and (family != "topics" or cone_designs.topics_allow(where, studied)):
-            parts += _family(inner, where, family, studied, "seed", layer, False, counts, seed)
+            parts += _family(inner, where, family, studied, "pilot", layer, False, counts, seed)
     return pd.concat(parts, ignore_index=True)
 
 
@@ -95,7 +95,7 @@ def _equal(where: Layout, n: int) -> list[int]:
 
 
 def _studied(where: Layout) -> list[int]:
-    """The seed's numbers of prompts, where these are its categories and there are as many."""
+    """The pilot's numbers of prompts, where these are its categories and there are as many."""
     known = all(f"prompts_{category}" in cone_study.published().index for category in where.categories)
     wanted = cone_study.sizes(where.categories) if known else []
     return wanted if all(size <= len(one) for size, one in zip(wanted, where.harmful, strict=False)) else []
@@ -213,7 +213,7 @@ def _family(
     """Bands of a family, at all layers or at two; where at all, the draws at the selected layer too."""
     layers = range(len(inner)) if every else sorted({min(STUDY_LAYER, len(inner) - 1), layer})
     few, k = inner[list(layers)], len(sizes)
-    size = 0 if named == "seed" else int(named)
+    size = 0 if named == "pilot" else int(named)
     rng = np.random.default_rng([seed, 1 + FAMILIES.index(family), size])
     whole = named == str(min(len(one) for one in where.harmful))
     draws = counts.draws if family in NULLS else 1 if whole else counts.subsamples

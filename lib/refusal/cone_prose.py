@@ -16,7 +16,7 @@ PROSE = {
 The six cosines alone give {ConesStudyRank} for the entropy rank, {ConesStudyCosine} for the mean,
 {ConesStudySpecificities} for the specificities and {ConesStudyAngle} sr for the toolkit's solid angle: all published
 figures of finding 1 are functions of one matrix, and **one** piece of evidence. Four directions with *equal* cosines
-have the seed's highest rank, {ConesStudyHighest} (layer {ConesStudyHighestLayer}), at a cosine of
+have the pilot's highest rank, {ConesStudyHighest} (layer {ConesStudyHighestLayer}), at a cosine of
 {ConesStudyHighestEqual}, and its lowest, {ConesStudyLowest} (layer {ConesStudyLowestLayer}), at
 {ConesStudyLowestEqual}; what its toolkit calls linear needs {ConesStudyLinearNeeds}. Isotropic random directions in
 {ConesStudyWidth} dimensions have a rank of {ConesStudyRandomRank} and a mean |cosine| of {ConesStudyRandomCosine}. So
@@ -42,10 +42,10 @@ highest unbiased cosine of two categories are {ConesPairLow} and {ConesPairHigh}
 """,
     "counts": """
 With {ConesSmall} prompts a category the entropy rank is {ConesSmallObserved} (median and central 95 % of random
-subsets), and {ConesSmallOwn} with the seed's own baselines. Where **one** shared direction is planted in harmless noise
-it is {ConesSmallPlanted}, and with permuted categories {ConesSmallPermuted}. The seed's toolkit calls
+subsets), and {ConesSmallOwn} with the pilot's own baselines. Where **one** shared direction is planted in harmless noise
+it is {ConesSmallPlanted}, and with permuted categories {ConesSmallPermuted}. The pilot's toolkit calls
 {ConesSmallCalled} % of the draws with one planted direction polyhedral at {ConesSmall} prompts a category, and
-{ConesCalled} % at {ConesPerCategory}. {ConesSeedSaid}
+{ConesCalled} % at {ConesPerCategory}. {ConesPilotSaid}
 """,
     "layers": """
 The entropy rank is highest at layer {ConesHighestLayer} ({ConesHighest}) and lowest at layer {ConesLowestLayer}
@@ -138,10 +138,10 @@ def trend_said(null: float, p: float) -> str:
     )
 
 
-def seed_said(found: pd.DataFrame) -> str:
-    """What the seed's numbers of prompts give in this model, and whether the published figures lie among that."""
+def pilot_said(found: pd.DataFrame) -> str:
+    """What the pilot's numbers of prompts give in this model, and whether the published figures lie among that."""
     if found.empty:
-        return "The seed's numbers of prompts were not taken here."
+        return "The pilot's numbers of prompts were not taken here."
     bands, stated, said = found.set_index(["family", "statistic"]), cone_study.published(), []
     for name, noun, value in (
         ("entropy_rank", "an entropy rank", stated["rank_highest"]),
@@ -150,11 +150,11 @@ def seed_said(found: pd.DataFrame) -> str:
         planted, own = bands.loc[("planted", name)], bands.loc[("own", name)]
         place = "inside" if planted["low"] <= value <= planted["high"] else "outside of"
         said.append(
-            f"one planted direction has {noun} of {median(planted)}, the categories with the seed's baselines one of "
+            f"one planted direction has {noun} of {median(planted)}, the categories with the pilot's baselines one of "
             f"{median(own)}, and the published {value:g} lies {place} the former"
         )
     return (
-        f"With the seed's numbers of prompts in this model, at layer {found['layer'].iloc[0]} (median and central 95 % "
+        f"With the pilot's numbers of prompts in this model, at layer {found['layer'].iloc[0]} (median and central 95 % "
         f"of draws): {'; '.join(said)}."
     )
 

@@ -1,4 +1,4 @@
-"""The seed's six cosines, and what follows from them and from nothing else (methods, section 7)."""
+"""The pilot's six cosines, and what follows from them and from nothing else (methods, section 7)."""
 
 import functools
 
@@ -18,12 +18,12 @@ RANDOM_DRAWS, RANDOM_SEED = 400, 0
 
 @functools.cache
 def published() -> "pd.Series[float]":
-    """What the seed and its toolkit state, by name; the data file has the source of each."""
+    """What the pilot and its toolkit state, by name; the data file has the source of each."""
     return pd.read_csv(ROOT / "data" / "study_cones.csv").set_index("name")["value"]
 
 
 def sizes(categories: tuple[str, ...]) -> list[int]:
-    """The seed's numbers of prompts for these categories, in their order."""
+    """The pilot's numbers of prompts for these categories, in their order."""
     return [int(published()[f"prompts_{category}"]) for category in categories]
 
 
@@ -64,7 +64,7 @@ def linear_needs() -> float:
 
 @functools.cache
 def random_directions() -> dict[str, tuple[float, float]]:
-    """Mean and standard deviation of the statistics of as many isotropic random directions of the seed's width."""
+    """Mean and standard deviation of the statistics of as many isotropic random directions of the pilot's width."""
     rng = np.random.default_rng(RANDOM_SEED)
     drawn = rng.standard_normal((RANDOM_DRAWS, len(CATEGORIES), int(published()["width"])))
     found = cones.statistics(drawn @ drawn.swapaxes(1, 2))
@@ -72,7 +72,7 @@ def random_directions() -> dict[str, tuple[float, float]]:
 
 
 def table() -> pd.DataFrame:
-    """What the six cosines give, beside what the seed states: `statistic, published, from the six cosines`."""
+    """What the six cosines give, beside what the pilot states: `statistic, published, from the six cosines`."""
     found, each = cones.statistics(gram()), cones.specificities(cones.cosines(gram()))
     stated = published()
     rows = [
@@ -99,7 +99,7 @@ def equicorrelation_table() -> pd.DataFrame:
 
 
 def numbers() -> dict[str, str]:
-    """Formatted numbers of the seed's claim, by macro name."""
+    """Formatted numbers of the pilot's claim, by macro name."""
     stated, found = published(), cones.statistics(gram())
     each, drawn = cones.specificities(cones.cosines(gram())), random_directions()
     counts = sorted(int(stated[name]) for name in stated.index if name.startswith("prompts_"))

@@ -96,7 +96,7 @@ def _mean_pair(cosine: Floats) -> Floats:
 def bands(metrics: pd.DataFrame) -> pd.DataFrame:
     """The central 95 % of the families' draws: `family, size, n, layer, statistic, low, median, high`.
 
-    The `size` is that of direction_id, and `n` the same as a number, NaN for the seed's.
+    The `size` is that of direction_id, and `n` the same as a number, NaN for the pilot's.
     """
     part = geometry(metrics)
     named = part["direction_id"].str.extract(r"^(\w+)(?:\[(\w+)\])?$")
@@ -109,7 +109,7 @@ def bands(metrics: pd.DataFrame) -> pd.DataFrame:
 
 
 def called_polyhedral(metrics: pd.DataFrame) -> pd.DataFrame:
-    """The share of each family's draws that the seed's toolkit calls polyhedral: `family, size, layer, share`."""
+    """The share of each family's draws that the pilot's toolkit calls polyhedral: `family, size, layer, share`."""
     part = geometry(metrics)
     part = part[part["metric"] == "polyhedral"]
     named = part["direction_id"].str.extract(r"^(\w+)(?:\[(\w+)\])?$")
@@ -235,13 +235,13 @@ def shown(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def study_sized(metrics: pd.DataFrame) -> pd.DataFrame:
-    """What the seed's numbers of prompts give here: `family, layer, statistic, low, median, high, polyhedral`.
+    """What the pilot's numbers of prompts give here: `family, layer, statistic, low, median, high, polyhedral`.
 
-    At the layer of its highest rank. Empty where the categories are not the seed's, or too few prompts were taken.
+    At the layer of its highest rank. Empty where the categories are not the pilot's, or too few prompts were taken.
     """
     found, called = bands(metrics), called_polyhedral(metrics)
-    found = found[(found["size"] == "seed") & found["statistic"].isin(["entropy_rank", "mean_abs_cosine"])]
-    called = called[called["size"] == "seed"]
+    found = found[(found["size"] == "pilot") & found["statistic"].isin(["entropy_rank", "mean_abs_cosine"])]
+    called = called[called["size"] == "pilot"]
     layer, keys = found["layer"].min(), ["family", "size", "layer"]
     made = found[found["layer"] == layer].merge(called[called["layer"] == layer], on=keys)
     return made.rename(columns={"share": "polyhedral"}).drop(columns=["size", "n"])

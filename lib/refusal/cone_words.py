@@ -113,7 +113,7 @@ def _curves(metrics: pd.DataFrame) -> dict[str, str]:
         "ConesSmall": small,
         "ConesSmallCalled": f"{100 * share['planted', small, layer]:.0f}",
         "ConesCalled": f"{100 * share['planted', most, layer]:.0f}",
-        "ConesSeedSaid": cone_prose.seed_said(cone_tables.study_sized(metrics)),
+        "ConesPilotSaid": cone_prose.pilot_said(cone_tables.study_sized(metrics)),
     }
 
 

@@ -127,7 +127,7 @@ def pairs(matrix: Floats) -> Floats:
 
 
 def entropy_rank(cosine: Floats) -> Floats:
-    """exp(H(sigma / sum sigma)) of unit vectors' singular values, from their cosines: what the seed calls dimension."""
+    """exp(H(sigma / sum sigma)) of unit vectors' singular values, from their cosines: what the pilot calls dimension."""
     singular = np.sqrt(np.linalg.eigvalsh(cosine).clip(min=0))
     share = singular / singular.sum(-1, keepdims=True)
     return np.exp(-special.xlogy(share, share).sum(-1))
@@ -144,7 +144,7 @@ def top_share(cosine: Floats) -> Floats:
 
 
 def specificities(cosine: Floats) -> Floats:
-    """The seed's specificity of each direction, `[..., K]`: 1 - mean |cos| to the others."""
+    """The pilot's specificity of each direction, `[..., K]`: 1 - mean |cos| to the others."""
     others = cosine.shape[-1] - 1
     return 1 - (np.abs(cosine).sum(-1) - 1) / others
 

@@ -58,7 +58,7 @@ def layers(found: pd.DataFrame, bands: pd.DataFrame, reliability: pd.DataFrame, 
     _line(a, found, "entropy_rank", *STYLES["observed"][:2], STYLES["observed"][3])
     random = bands[(bands["family"] == "random") & (bands["statistic"] == "entropy_rank")]
     a.axhline(float(random["median"].iloc[0]), color="0.2", linewidth=0.8, label="random directions")
-    a.set(ylabel="entropy rank", title="(a) the seed's dimensionality")
+    a.set(ylabel="entropy rank", title="(a) the pilot's dimensionality")
     permuted = _at_most(bands, "permuted", "unbiased_cosine")
     if len(permuted) > 1:
         _band(b, permuted["layer"], permuted, "permuted", "permuted categories, unbiased")
@@ -103,7 +103,7 @@ def _line(axes: Axes, found: pd.DataFrame, statistic: str, colour: str, style: o
 
 
 def counts(bands: pd.DataFrame, selected: int) -> Figure:
-    """What the number of prompts a category does to the seed's dimensionality, and to the unbiased cosine.
+    """What the number of prompts a category does to the pilot's dimensionality, and to the unbiased cosine.
 
     Args:
         bands: From `cone_tables.bands`.
@@ -126,7 +126,7 @@ def counts(bands: pd.DataFrame, selected: int) -> Figure:
     few = [stated[name] for name in stated.index if name.startswith("prompts_")]
     at = [stated["rank_highest"]] * 2
     left.plot([min(few), max(few)], at, color=COLOURS["jailbreak"], linewidth=2.5, label="published, other model")
-    left.set(ylabel="entropy rank", title="(a) the seed's dimensionality")
+    left.set(ylabel="entropy rank", title="(a) the pilot's dimensionality")
     right.set(ylabel="mean cosine, unbiased", title="(b) corrected for noise")
     right.set_ylim(-0.25, 1.25)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)

@@ -19,10 +19,12 @@ from refusal.files import ROOT, CompendiumError, atomic, cli, sha256_file, sha25
 SHARED = (
     "data/analysis_plan.yaml",
     "data/keyword_rules.csv",
+    "data/study_cones.csv",
     "data/study_controls.csv",
     "data/study_sign_inversion.csv",
     "data/study_sweep.csv",
     "data/study_threshold.csv",
+    "data/study_window.csv",
     "data/validation/items.csv",
 )
 

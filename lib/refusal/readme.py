@@ -27,8 +27,13 @@ ROWS = (
     ("refusal of *harmless* requests at 0, +1", "{HarmlessBaseline}, {HarmlessPlus} %", "03"),
     ("sign inversion, by the plan's rule", "**{SignVerdict}**", "03"),
     ("collapse of safety at a threshold, regardless of direction, by the plan's rule", "**{ThresholdVerdict}**", "04"),
+    ("a separate direction for each kind of harm, by the plan's rule", "**{ConesVerdict}**", "05"),
+    ("own minus other categories' directions, log-odds of a refusal",
+     "{ConesContrast} {ConesContrastInterval}, Holm p {ConesHolm}", "05"),
     ("rank correlation of the screen with the generated refusal rate, {SweepConfirmed} cells",
      "{SweepCorrelation} {SweepCorrelationInterval}", "06"),
+    ("no useful window of doses exists (many layers; one layer), by the plan's rule",
+     "**{WindowVerdict}**; **{WindowOneVerdict}**", "07"),
 )  # fmt: skip
 
 

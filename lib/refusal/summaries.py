@@ -12,6 +12,7 @@ from refusal import (
     __version__,
     calibration,
     collapse,
+    cone_words,
     directions,
     judging,
     records,
@@ -19,6 +20,7 @@ from refusal import (
     statistics,
     sweeps,
     validation,
+    window_words,
 )
 from refusal.analyses import (
     LABELS,
@@ -50,7 +52,9 @@ REPORTS = {
     "00_can_we_trust_the_labels": (validation, calibration),
     "02_orthogonal_controls": (specificity,),
     "04_llama_threshold": (collapse,),
+    "05_polyhedral_cones": (cone_words,),
     "06_layer_sweep": (sweeps,),
+    "07_therapeutic_window": (window_words,),
 }
 HEADLINES = {
     "SelectedLayer": "selected layer",
@@ -82,8 +86,15 @@ FIGURES = {
     "fig_threshold": "04_llama_threshold",
     "fig_threshold_random": "04_llama_threshold",
     "fig_threshold_study": "04_llama_threshold",
+    "fig_cones": "05_polyhedral_cones",
+    "fig_cones_counts": "05_polyhedral_cones",
+    "fig_cones_layers": "05_polyhedral_cones",
     "fig_sweep": "06_layer_sweep",
     "fig_sweep_prediction": "06_layer_sweep",
+    "fig_window": "07_therapeutic_window",
+    "fig_window_pilot": "07_therapeutic_window",
+    "fig_window_defence": "07_therapeutic_window",
+    "fig_window_formats": "07_therapeutic_window",
 }
 ENOUGH_COSINE = 0.95
 
