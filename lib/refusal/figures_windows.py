@@ -46,7 +46,7 @@ def window(
         pilot: From `window_pilot.readings`: the pilot's doses, marked on the curves for many layers.
     """
     figure, panels = plt.subplots(
-        3, len(found), figsize=(WIDTH, 5.6), height_ratios=(2.6, 1, 1), sharex=True, sharey="row", squeeze=False
+        3, len(found), figsize=(WIDTH, 5.6), height_ratios=(2.6, 1, 1), sharex="col", sharey="row", squeeze=False
     )
     for column, (one, letter) in enumerate(zip(found, "abc", strict=False)):
         variant, top = one.answers.variant, panels[0, column]
@@ -54,10 +54,6 @@ def window(
             part = points[(points["variant"] == variant) & (points["outcome"] == outcome)]
             _curve(top, part["alpha"], 100 * part[["rate", "low", "high"]].to_numpy(float), colour, marker, line, label)
         _shade(list(panels[:, column]), one)
-        unit = one.answers.units["alpha_relative"]
-        above = top.secondary_xaxis("top", functions=(lambda x, u=unit: x * u, lambda x, u=unit: x / u))
-        above.set_xlabel("relative to the mean residual norm", fontsize=7)
-        above.tick_params(labelsize=6.5)
         top.set_title(f"({letter}) {VARIANTS[variant]}\nwindow {_minus(edges(one))}\n{_useful(one)}", fontsize=7.5)
         top.set(ylim=(-3, 116 if pilot is not None else 103), yticks=range(0, 101, 25))
         for axes, (measure, name) in zip(panels[1:, column], MEASURES.items(), strict=True):
@@ -68,6 +64,7 @@ def window(
         panels[2, column].set_xlabel(ALPHA)
         if variant == "many" and pilot is not None:
             _mark(top, pilot, float(one.answers.alphas.max()))
+        _doses(top, panels[2, column], one)
     panels[0, 0].set_ylabel("share of completions, %")
     handles, _ = panels[0, 0].get_legend_handles_labels()
     handles += [
@@ -82,6 +79,26 @@ def window(
         ]  # fmt: skip
     figure.legend(handles=handles, loc="outside lower center", ncols=3)
     return figure
+
+
+def _doses(top: Axes, bottom: Axes, found: Found) -> None:
+    """The two axes of doses, below in alpha and above in residual norms; logarithmic where doses have equal ratios."""
+    doses, unit = found.answers.alphas[found.answers.alphas > 0], found.answers.units["alpha_relative"]
+    above, scales = top.twiny(), {bottom: 1.0}
+    scales[above] = unit
+    if len(doses) > 2 and not np.allclose(np.diff(doses, 2), 0):
+        for axes, size in scales.items():
+            axes.set_xscale("symlog", linthresh=float(doses.min()) * size)
+            axes.set_xlim(*(sign * 1.3 * float(doses.max()) * size for sign in (-1, 1)))
+            ends = [10.0**power for power in range(-4, 3) if doses.min() <= 10.0**power / size <= doses.max()]
+            axes.set_xticks([-end for end in ends[::-1]] + [0.0] + ends, minor=False)
+            axes.xaxis.set_minor_locator(mpl.ticker.NullLocator())
+            axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}".replace("-", "−"))
+    low, high = bottom.get_xlim()
+    above.set_xlim(low * unit, high * unit)
+    above.set_xlabel("relative to the mean residual norm", fontsize=7)
+    above.tick_params(labelsize=6.5)
+    above.spines["top"].set_visible(True)
 
 
 def _curve(
