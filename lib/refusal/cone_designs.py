@@ -72,7 +72,7 @@ def observed(where: Layout, sizes: Sequence[int], draws: int, rng: np.random.Gen
 
 
 def own(where: Layout, sizes: Sequence[int], draws: int, rng: np.random.Generator) -> Floats:
-    """The pilot's variant: each category against other harmless prompts, at the same places; contrasts `cones.apart`."""
+    """The pilot's variant: each category against other harmless prompts at the same places; contrasts `cones.apart`."""
     made = []
     for _ in range(draws):
         pairs = [

@@ -42,7 +42,7 @@ highest unbiased cosine of two categories are {ConesPairLow} and {ConesPairHigh}
 """,
     "counts": """
 With {ConesSmall} prompts a category the entropy rank is {ConesSmallObserved} (median and central 95 % of random
-subsets), and {ConesSmallOwn} with the pilot's own baselines. Where **one** shared direction is planted in harmless noise
+subsets), and {ConesSmallOwn} with the pilot's own baselines. Where **one** direction is planted in harmless noise
 it is {ConesSmallPlanted}, and with permuted categories {ConesSmallPermuted}. The pilot's toolkit calls
 {ConesSmallCalled} % of the draws with one planted direction polyhedral at {ConesSmall} prompts a category, and
 {ConesCalled} % at {ConesPerCategory}. {ConesPilotSaid}
@@ -154,8 +154,8 @@ def pilot_said(found: pd.DataFrame) -> str:
             f"{median(own)}, and the published {value:g} lies {place} the former"
         )
     return (
-        f"With the pilot's numbers of prompts in this model, at layer {found['layer'].iloc[0]} (median and central 95 % "
-        f"of draws): {'; '.join(said)}."
+        f"With the pilot's numbers of prompts in this model, at layer {found['layer'].iloc[0]} (median and central "
+        f"95 % of draws): {'; '.join(said)}."
     )
 
 
@@ -174,8 +174,12 @@ def conclusion(verdict: str, found: Contrast, limit: float) -> str:
     return {
         "separate": "Each kind of harm has a direction that works for it more than the others do: by "
         f"{share} of its effect.",
-        "shared": "The directions of all kinds of harm work alike on every kind: what is special to one is at most "
-        f"{most} of its effect.",
+        "shared": "The directions of all kinds of harm work alike on every kind: "
+        + (
+            f"what is special to one is at most {most} of its effect."
+            if found.interval.high > 0
+            else "none does more for its own kind than the others do."
+        ),
         "partly shared": f"The directions share a part of their effect, and each does {lead} for its own kind of harm, "
         f"by {share} of its effect there.",
         "inconclusive": "The measurement settles neither that the directions work apart nor that they work alike.",

@@ -127,7 +127,7 @@ def pairs(matrix: Floats) -> Floats:
 
 
 def entropy_rank(cosine: Floats) -> Floats:
-    """exp(H(sigma / sum sigma)) of unit vectors' singular values, from their cosines: what the pilot calls dimension."""
+    """exp(H(sigma / sum sigma)) of unit vectors' singular values, from their cosines: the pilot's dimension."""
     singular = np.sqrt(np.linalg.eigvalsh(cosine).clip(min=0))
     share = singular / singular.sum(-1, keepdims=True)
     return np.exp(-special.xlogy(share, share).sum(-1))

@@ -17,7 +17,7 @@ from refusal.figures import COLOURS, WIDTH
 # Colour, line style and marker of each family of draws.
 STYLES = {
     "observed": (COLOURS["refusal"], "-", "o", "categories"),
-    "own": ("#56B4E9", "--", "s", "categories, seed's baselines"),
+    "own": ("#56B4E9", "--", "s", "categories, pilot's baselines"),
     "permuted": ("#7F7F7F", "-.", "^", "permuted categories"),
     "planted": (COLOURS["compliance"], ":", "D", "one planted direction"),
     "topics": ("#009E73", (0, (5, 1, 1, 1, 1, 1)), "v", "everyday topics"),
@@ -50,7 +50,7 @@ def layers(found: pd.DataFrame, bands: pd.DataFrame, reliability: pd.DataFrame, 
         reliability: From `cone_tables.reliability`.
         selected: The layer that the rule chose.
     """
-    figure, ((a, b), (c, d)) = plt.subplots(2, 2, figsize=(WIDTH, 4.8), sharex=True)
+    figure, ((a, b), (c, d)) = plt.subplots(2, 2, figsize=(WIDTH, 5.6), sharex=True)
     for family in ("permuted", "planted", "topics"):
         part = _at_most(bands, family, "entropy_rank")
         if len(part) > 1:
@@ -77,7 +77,10 @@ def layers(found: pd.DataFrame, bands: pd.DataFrame, reliability: pd.DataFrame, 
     for axes in (a, b, c, d):
         axes.axvline(selected, color="0.35", linewidth=0.8, zorder=-1)
         axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
-        axes.legend(fontsize=6.5, loc="best", frameon=True, framealpha=0.7, edgecolor="none")
+        low, high = axes.get_ylim()  # the legends lie below the curves, which fill their panels
+        axes.set_ylim(low - 0.42 * (high - low), high)
+        axes.legend(fontsize=6.5, loc="lower center", ncols=2 if axes is c else 1, frameon=True,
+                    framealpha=0.8, edgecolor="none")  # fmt: skip
     return figure
 
 
