@@ -340,10 +340,10 @@ def missed(result: dict, stem: str) -> list[str]:
     labels = next((met for target, met in verdict.items() if target.startswith("labels agree")), None)
     if labels is False and engine and study and peer and (half := agreed(result, "half batch")):
         text.append(
-            f"- **Labels in bfloat16.** The bar is (b) at half the batch, which here rounds as (b) does: "
-            f"{percent(half[0])} of its completions are the same to the last token. Another number of rows at once "
-            f"does not: (a), one row at a time, has {percent(study.same_tokens)} of completions like (b), and (e) "
-            f"{percent(engine.same_tokens)}. In float32 they are the same (see above)."
+            f"- **Labels in bfloat16.** The bar is (b) at half the batch, which may be padded as the whole is: "
+            f"{percent(half[0])} of its completions are the same to the last token. Attention rounds otherwise where "
+            f"the padding differs: (a), which has none, has {percent(study.same_tokens)} of completions like (b), and "
+            f"(e) {percent(engine.same_tokens)}. In float32 they are the same (see above)."
         )
     return ["## What was missed, and why", "", *text, ""] if text else []
 
