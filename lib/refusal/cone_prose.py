@@ -9,7 +9,7 @@ from refusal import cone_study
 from refusal.analyses import plan
 from refusal.cone_effects import Contrast
 from refusal.statistics import Interval
-from refusal.wording import p_value, span
+from refusal.wording import p_equals, p_value, span
 
 PROSE = {
     "study": """
@@ -120,7 +120,7 @@ def geometry_said(row: "pd.Series[float]", test: "pd.Series[float]") -> str:
         row: The unbiased mean cosine in `cone_tables.table`.
         test: The same in `cone_effects.tests`.
     """
-    start = f"Among permuted categories, where it is {number(row['permuted'])} (median), p = {p_value(test['p'])}"
+    start = f"Among permuted categories, where it is {number(row['permuted'])} (median), {p_equals(test['p'])}"
     found = (
         "the categories do differ in direction"
         if test["p_holm"] < plan()["level"]

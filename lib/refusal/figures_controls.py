@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from refusal import specificity
 from refusal.control_rates import GROUPS, HARMFUL, HARMLESS, STUDY_GROUPS
 from refusal.figures import COLOURS, MARKERS, TITLES, WIDTH
-from refusal.wording import p_value
+from refusal.wording import p_equals
 
 OWN, OTHERS = "#D55E00", "0.45"
 BESIDE = ("axes fraction", "data")
@@ -70,7 +70,7 @@ def _strip(axes: Axes, swings: np.ndarray, place: int, own: float, test: "pd.Ser
     axes.scatter(swings, place + shift, s=5, color=OTHERS, alpha=0.55, linewidths=0, zorder=2)
     axes.scatter([own], [place], s=26, marker="D", color=OWN, edgecolors="white", linewidths=0.6, zorder=3)
     missing = f", {test['missing']:.0f} out of reach" if test["missing"] else ""
-    said = f"p {p_value(test['p'])}" if test["p"] < 1e-4 else f"p = {p_value(test['p'])}"
+    said = p_equals(test["p"])
     axes.annotate(f"{said}{missing}", (0.0, place - 0.28), xycoords=BESIDE, fontsize=6.5, color="0.3")
 
 

@@ -14,7 +14,7 @@ from refusal.analyses import plan
 from refusal.control_rates import HARMFUL, HARMLESS
 from refusal.control_screens import FAMILIES, LIMIT, MATCHED, TOLERANCE, family_of
 from refusal.statistics import Interval
-from refusal.wording import p_value, span
+from refusal.wording import p_equals, p_value, span
 
 NOTEBOOK = "02_orthogonal_controls"
 HEADLINES = {
@@ -270,7 +270,7 @@ def _conclusion(test: pd.DataFrame) -> str:
         "special": "At the same norm, the extracted direction moves refusal further than any family of controls "
         "accounts for",
         "not special": "At the same norm, the extracted direction does not move refusal further than random directions "
-        f"do (rank p = {p_value(test.loc['random', 'p'])})",
+        f"do (rank {p_equals(test.loc['random', 'p'])})",
         "inconclusive": "The measurement does not settle whether the extracted direction is special",
     }
     return f"{start[verdict(test)]}: {beyond}."

@@ -38,7 +38,7 @@ from refusal.analyses import (
     study_table,
 )
 from refusal.files import CompendiumError
-from refusal.wording import detectable, p_value, people, percent, points, source_format, source_name, span
+from refusal.wording import detectable, p_equals, p_value, people, percent, points, source_format, source_name, span
 
 DEFAULT_MODEL = "qwen2.5-coder-0.5b"
 SETS = {
@@ -224,7 +224,7 @@ def sign_prose(frame: pd.DataFrame) -> str:
             f"{percent(share[row['second']])} to {percent(share[row['first']])} % ({points(row['difference'])} points, "
             f"{span(statistics.Interval(row['low'], row['high']))}; {row['gained']} prompts gained, "
             f"{row['lost']} lost; "
-            f"n = {row['n']} prompts in {row['clusters']} clusters; p = {p_value(row['p'])}, "
+            f"n = {row['n']} prompts in {row['clusters']} clusters; {p_equals(row['p'])}, "
             f"Holm {p_value(row['p_holm'])})."
         )
     broken = shares[shares["label"] == "degenerate"]

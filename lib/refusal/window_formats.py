@@ -15,7 +15,7 @@ from refusal.analyses import plan
 from refusal.statistics import Interval
 from refusal.window_answers import part, resamples, signed
 from refusal.window_runs import FIRST, LAST, NONE, rule, third
-from refusal.wording import detectable, p_value, percent, points, span
+from refusal.wording import detectable, p_equals, p_value, percent, points, span
 
 FLIPS, DRAWS = 9999, 2000
 
@@ -179,7 +179,7 @@ def numbers(frame: pd.DataFrame, metrics: pd.DataFrame, seed: int) -> dict[str, 
 
 def _said(row: "pd.Series[Any]") -> str:
     change = f"{points(row['change'])} {span(Interval(row['change_low'], row['change_high']))} points"
-    return f"{percent(row['rate'])} % ({change}; p = {p_value(row['p'])}, Holm {p_value(row['p_holm'])})"
+    return f"{percent(row['rate'])} % ({change}; {p_equals(row['p'])}, Holm {p_value(row['p_holm'])})"
 
 
 def _conclusion(table: pd.DataFrame) -> str:

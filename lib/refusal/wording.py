@@ -27,6 +27,11 @@ def p_value(p: float) -> str:
     return "1" if p > 0.995 else f"{p:.4f}" if p < 0.01 else f"{p:.2f}" if p >= 0.1 else f"{p:.3f}"
 
 
+def p_equals(p: float) -> str:
+    """The same with its sign: "p = 0.038" or "p < 0.0001"."""
+    return f"p {p_value(p)}" if p < 1e-4 else f"p = {p_value(p)}"
+
+
 def detectable(n: int, rate: float, some: str, none: str) -> str:
     """What change of a rate would be found at 80 %: `some` with its points for {points}, or `none` where none would.
 
