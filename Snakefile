@@ -3,6 +3,7 @@
 # a second run does nothing. `exec` makes Snakemake the parent of each worker, which ends when its parent does.
 import json
 import sys
+from pathlib import Path
 
 OUT = config.get("out", "build")
 MEASURE = config.get("mode", "measure") == "measure"  # else replay: from the committed records
@@ -10,6 +11,7 @@ MODELS = config.get("models", ["qwen2.5-coder-0.5b"])
 NOTEBOOKS = sorted(glob_wildcards("notebooks/{nb,[0-9][0-9]_[a-z0-9_]+}.ipynb").nb)
 TARGETS = config.get("notebooks") or NOTEBOOKS
 FIRST = "01_extraction"  # makes the directions that the others use
+LAST = "08_robustness_hierarchy"  # reads the records of all others, of all models
 PYTHON = sys.executable
 
 DATA = OUT if MEASURE else "data"
@@ -28,6 +30,12 @@ def parameters(nb):
     fixed = {"mode": "measure" if MEASURE else "replay", "out": OUT}
     own = config.get("parameters", {}).get(nb, {})
     return lambda wildcards: json.dumps({"model": wildcards.model, **fixed, **own}, sort_keys=True)
+
+
+def beside(wildcards):
+    own = expand(RECORDS, nb=[nb for nb in NOTEBOOKS if FIRST < nb < LAST], model=wildcards.model) if MEASURE else []
+    committed = [path for path in Path("data/records").glob("*/*.parquet") if not MEASURE or path.parent.name != wildcards.model]
+    return own + sorted(map(str, committed))
 
 
 wildcard_constraints:
@@ -63,6 +71,7 @@ for nb in NOTEBOOKS:
             config.get("inputs", []),
             OUT + "/models/{model}.json" if MEASURE else OWN,
             [] if nb == FIRST else expand(RECORDS, nb=FIRST, allow_missing=True) + [DIRECTIONS],
+            beside if nb == LAST else [],
             notebook=f"notebooks/{nb}.ipynb",
         output:
             OWN if MEASURE else [],

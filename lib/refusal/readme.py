@@ -34,6 +34,11 @@ ROWS = (
      "{SweepCorrelation} {SweepCorrelationInterval}", "06"),
     ("no useful window of doses exists (many layers; one layer), by the plan's rule",
      "**{WindowVerdict}**; **{WindowOneVerdict}**", "07"),
+    ("swing of compliance from +d to −d over {HierarchySpecs} choices of judge, dose, layer, position and prompts",
+     "median {HierarchyMedian} points, {HierarchyAbove} % above zero, joint p {HierarchyJointP}: "
+     "**{HierarchyCurveVerdict}**",
+     "08"),
+    ("a hierarchy of robustness between models, by the plan's rule", "**{HierarchyVerdict}**", "08"),
 )  # fmt: skip
 
 

@@ -14,6 +14,8 @@ from refusal import (
     collapse,
     cone_words,
     directions,
+    hierarchy,
+    hierarchy_words,
     judging,
     records,
     specificity,
@@ -55,6 +57,7 @@ REPORTS = {
     "05_polyhedral_cones": (cone_words,),
     "06_layer_sweep": (sweeps,),
     "07_therapeutic_window": (window_words,),
+    "08_robustness_hierarchy": (hierarchy_words,),
 }
 HEADLINES = {
     "SelectedLayer": "selected layer",
@@ -95,6 +98,8 @@ FIGURES = {
     "fig_window_pilot": "07_therapeutic_window",
     "fig_window_defence": "07_therapeutic_window",
     "fig_window_formats": "07_therapeutic_window",
+    "fig_hierarchy": "08_robustness_hierarchy",
+    "fig_specification": "08_robustness_hierarchy",
 }
 ENOUGH_COSINE = 0.95
 
@@ -347,7 +352,8 @@ def report(root: Path, model: str, notebook: str) -> dict[str, str]:
     metrics, _ = records.read(root / model / f"{notebook}.metrics.parquet")
     made: dict[str, str] = {}
     for module in REPORTS[notebook]:
-        made |= module.numbers(frame, metrics, about)
+        others = {"root": root} if module is hierarchy_words else {}  # it reads this model's other records too
+        made |= module.numbers(frame, metrics, about, **others)
     return made
 
 
@@ -396,9 +402,11 @@ def setup_table(data: _Records, model: str) -> pd.DataFrame:
 
 
 def tables(root: Path, model: str) -> dict[str, pd.DataFrame]:
-    """The paper's tables, as strings: sign, tests and setup."""
+    """The paper's tables, as strings: hierarchy (models side by side), sign, tests and setup."""
     data = _read(root, model)
+    folders = hierarchy.sources(root, model)
     return {
+        "hierarchy": hierarchy_words.shown(hierarchy.side_by_side(folders), list(folders)),
         "sign": sign_table(rates(data.sign)),
         "tests": tests_table(comparisons(data.sign)),
         "setup": setup_table(data, model),
