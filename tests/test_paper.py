@@ -39,7 +39,12 @@ def stub_numbers(records: Path, model: str) -> dict[str, str]:
 
 def stub_tables(records: Path, model: str) -> dict[str, pd.DataFrame]:
     rates = pd.DataFrame({"condition": ["extracted +1", "extracted -1"], "refusal %": ["94.0", "31.0 [22.7, 40.6]"]})
-    return {"hierarchy": rates, "sign": rates, "tests": rates, "setup": pd.DataFrame({"quantity": ["dtype"], "value": ["bfloat16"]})}
+    return {
+        "hierarchy": rates,
+        "sign": rates,
+        "tests": rates,
+        "setup": pd.DataFrame({"quantity": ["dtype"], "value": ["bfloat16"]}),
+    }
 
 
 @pytest.fixture
@@ -88,7 +93,10 @@ def test_the_same_records_give_the_same_bytes(project, tmp_path):
     first = {path.name: path.read_bytes() for path in (project / "paper" / "generated").iterdir()}
     again = paper.generate(project / "records", tmp_path / "again")
     assert first == {path.name: path.read_bytes() for path in again.iterdir()}
-    assert set(first) == {"numbers.tex", *(f"tab_{name}.tex" for name in ("hierarchy", "sign", "tests", "setup", "models"))}
+    assert set(first) == {
+        "numbers.tex",
+        *(f"tab_{name}.tex" for name in ("hierarchy", "sign", "tests", "setup", "models")),
+    }
 
 
 def test_header_names_records_hashes_and_version(project):
