@@ -21,8 +21,11 @@ MADE = expand(OUT + "/notebooks/{model}/{nb}.ipynb", model=MODELS, nb=TARGETS)
 # A change in these executes the notebooks again; what they measure is kept in chunks, and redone only where the change
 # is in what decides tokens.
 RUNNERS = ("environment", "notebooks", "options", "parameters", "paper", "run", "tex")
-LIBRARY = [f"lib/refusal/{name}.py" for name in sorted(glob_wildcards("lib/refusal/{name}.py").name) if name not in RUNNERS]
+MODULES = sorted(glob_wildcards("lib/refusal/{name}.py").name)
+CLAIMS = ["data/claims.yaml"] + [f"lib/refusal/{name}.py" for name in MODULES if name.startswith("claim")]  # the ledger
+LIBRARY = [f"lib/refusal/{name}.py" for name in MODULES if name not in RUNNERS and not name.startswith("claim")]
 TABLES = [f"data/{name}" for name in sorted(glob_wildcards("data/{name,((prompts|validation)/)?[a-z_]+[.](csv|yaml)}").name)]
+TABLES = [name for name in TABLES if name not in CLAIMS]
 SHARED = LIBRARY + TABLES
 
 
@@ -90,7 +93,7 @@ for nb in NOTEBOOKS:
 
 
 rule numbers:
-    input: MADE, SHARED, "lib/refusal/paper.py", "lib/refusal/tex.py", "paper/main.tex", expand(RECORDS, model=MODELS, nb=TARGETS)
+    input: MADE, SHARED, CLAIMS, "lib/refusal/paper.py", "lib/refusal/tex.py", "paper/main.tex", expand(RECORDS, model=MODELS, nb=TARGETS)
     output: OUT + "/paper/generated/numbers.tex"
     log: OUT + "/logs/numbers.log"
     benchmark: OUT + "/logs/numbers.tsv"

@@ -47,6 +47,15 @@ def stub_tables(records: Path, model: str) -> dict[str, pd.DataFrame]:
     }
 
 
+DOCUMENTS = ("study", "readme", "pilot", "essays")
+
+
+def stub_claims(tables) -> dict[str, pd.DataFrame]:
+    """A ledger of one row a document."""
+    row = pd.DataFrame([["sign: it is so", "“6 %” (section 3)", "−9 points", "replicated"]], columns=list("abcd"))
+    return {f"claims_{document}": row for document in DOCUMENTS}
+
+
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """A copy of the paper with notebooks, records and generated files that belong together."""
@@ -54,6 +63,10 @@ def project(tmp_path, monkeypatch):
         DEFAULT_MODEL=DEFAULT, HEADLINES=HEADLINES, FIGURES=FIGURES, numbers=stub_numbers, tables=stub_tables
     )
     monkeypatch.setattr(paper, "summaries", stub)
+    ledger = SimpleNamespace(
+        all_verdicts=lambda _, models: dict.fromkeys(models), numbers=lambda *_: {}, paper_tables=stub_claims
+    )
+    monkeypatch.setattr(paper, "claims", ledger)
     for name in ("paper/main.tex", "paper/references.bib", "data/study_sign_inversion.csv"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
@@ -93,10 +106,9 @@ def test_the_same_records_give_the_same_bytes(project, tmp_path):
     first = {path.name: path.read_bytes() for path in (project / "paper" / "generated").iterdir()}
     again = paper.generate(project / "records", tmp_path / "again")
     assert first == {path.name: path.read_bytes() for path in again.iterdir()}
-    assert set(first) == {
-        "numbers.tex",
-        *(f"tab_{name}.tex" for name in ("hierarchy", "sign", "tests", "setup", "models")),
-    }
+    ledger = {f"tab_claims_{document}.tex" for document in DOCUMENTS}
+    tables = {f"tab_{name}.tex" for name in ("hierarchy", "sign", "tests", "setup", "models")}
+    assert set(first) == ledger | tables | {"numbers.tex"}
 
 
 def test_header_names_records_hashes_and_version(project):

@@ -13,6 +13,11 @@ def test_results_come_from_the_records() -> None:
     assert inside == readme.table(ROOT / "data" / "records", summaries.DEFAULT_MODEL), "run ./run_all.sh --publish"
 
 
+def test_the_ledger_comes_from_the_records() -> None:
+    inside = TEXT.split(readme.CLAIMS_BEGIN)[1].split(readme.CLAIMS_END)[0].strip()
+    assert inside == readme.ledger(ROOT / "data" / "records"), "run ./run_all.sh --publish"
+
+
 def test_links_resolve() -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", TEXT):
         assert (ROOT / target).exists(), f"README links {target}, which does not exist"

@@ -82,7 +82,7 @@ def copy(tmp_path):
     (folder / "lib" / "refusal" / "paper.py").write_text(STUB_PAPER)
     (folder / "lib" / "refusal" / "readme.py").write_text(STUB_README)
     copied = "run_all.sh Snakefile pyproject.toml requirements.lock data/models.yaml data/analysis_plan.yaml"
-    for name in copied.split():
+    for name in [*copied.split(), "data/claims.yaml"]:
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     for name in ("data/refusal_phrases.csv", "paper/main.tex", "paper/references.bib"):
@@ -166,6 +166,7 @@ def ran(folder):
         (["--publish", "--dry-run"], "excludes --dry-run"),
         (["tset"], "unrecognized arguments: tset"),
         (["test", "--quick"], "test takes no options"),
+        (["claims", "sign-up"], 'no claim "sign-up"'),
     ],
 )
 def test_wrong_option_ends_in_one_sentence_before_anything_is_made(copy, options, said):

@@ -39,6 +39,17 @@ def test_tabular_aligns_numbers_right_and_refuses_raw_numbers():
         tex.tabular(pd.DataFrame({"rate": [62.0]}))
 
 
+def test_longtable_wraps_its_cells_and_refuses_what_is_no_text():
+    frame = pd.DataFrame({"claim": ["a_1 rises"], "verdict": ["< 5 %"]})
+    table = tex.longtable(frame, (0.7, 0.3))
+    assert table.startswith(r"\begin{longtable}{@{}>{\raggedright\arraybackslash}p{\dimexpr0.700\textwidth-2\tabcolsep")
+    assert r"a\_1 rises & \textless{} 5 \% \\\addlinespace" in table and table.endswith("\\end{longtable}\n")
+    assert table.index(r"\endhead") < table.index(r"\endfoot") < table.index(r"a\_1")
+    for widths, cells in (((1.0,), frame), ((0.5, 0.5), frame.assign(verdict=5.0))):
+        with pytest.raises(CompendiumError, match="a width a column, and texts"):
+            tex.longtable(cells, widths)
+
+
 @pytest.mark.parametrize(
     "typed, found",
     [

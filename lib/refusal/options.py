@@ -1,6 +1,7 @@
 """The options of ./run_all.sh. Needs Python alone, so that a wrong one is found before the environment is made."""
 
 import argparse
+import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ commands:
   ./run_all.sh [options]  run: weights, notebooks, records, figures and the paper, into build/
   ./run_all.sh test       the tests, with the same set-up
   ./run_all.sh bench      the benchmark of the steering engine, into benchmarks/results/; bench --help lists its options
+  ./run_all.sh claims     every published claim with its verdict, from the committed records; claims ID shows one whole
 
 The environment lies in .venv; REFUSAL_ENV=active uses the active one (conda) instead. Weights lie in REFUSAL_CACHE,
 or else in ~/.cache/crystallized-safety. A run that was stopped goes on with the same command.
@@ -157,11 +159,51 @@ def parse_bench(arguments: Sequence[str]) -> BenchOptions:
     return BenchOptions(given.model, given.minutes, given.long, given.fresh)
 
 
+@dataclass(frozen=True)
+class ClaimsOptions:
+    """Which claims are shown in full (none: all in short), of which models (none: all measured), from which records."""
+
+    claims: tuple[str, ...]
+    models: tuple[str, ...]
+    records: str
+
+
+def parse_claims(arguments: Sequence[str]) -> ClaimsOptions:
+    """The options of ./run_all.sh claims; a wrong one exits with a sentence."""
+    parser = _Parser(
+        prog="./run_all.sh claims",
+        description="Every published claim with its verdict on each measured model, from records.",
+        epilog="data/claims.yaml holds the claims and the rule of each test; no verdict is written there.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("claims", nargs="*", metavar="CLAIM", help="show all there is to know about this claim; repeatable")
+    add("--model", action="append", default=[], metavar="ID", help="a model of data/models.yaml; repeatable")
+    add("--records", metavar="DIR", help="a folder with a folder of records a model (default: data/records)")
+    given = parser.parse_args(list(arguments))
+    registry = _models()
+    for model in given.model:
+        if model not in registry:
+            parser.error(f'there is no model "{model}": the known ones are {", ".join(registry)}')
+    text = (ROOT / "data" / "claims.yaml").read_text(encoding="utf-8")
+    known = re.findall(r"^  - id: (\S+)", text, re.MULTILINE)
+    for claim in given.claims:
+        if claim not in known:
+            near = difflib.get_close_matches(claim, known, n=1)
+            hint = f'did you mean "{near[0]}"?' if near else "data/claims.yaml lists them"
+            parser.error(f'there is no claim "{claim}": {hint}')
+    if given.records is not None and not Path(given.records).is_dir():
+        parser.error(f'there is no folder "{given.records}" with records: check the path')
+    return ClaimsOptions(tuple(given.claims), tuple(given.model), given.records or "")
+
+
 if __name__ == "__main__":
     import sys
 
     if sys.argv[1:2] == ["bench"]:
         parse_bench(sys.argv[2:])
+    elif sys.argv[1:2] == ["claims"]:
+        parse_claims(sys.argv[2:])
     else:
         options = parse(sys.argv[1:])
         print("paper" if options.paper else "", "dry-run" if options.dry_run else "")

@@ -12,12 +12,13 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from refusal import __version__, summaries, tex
+from refusal import __version__, claims, summaries, tex
 from refusal.files import ROOT, CompendiumError, atomic, cli, sha256_file, sha256_text
 
 # What the numbers depend on beside the records of a model.
 SHARED = (
     "data/analysis_plan.yaml",
+    "data/claims.yaml",
     "data/keyword_rules.csv",
     "data/study_cones.csv",
     "data/study_controls.csv",
@@ -27,6 +28,7 @@ SHARED = (
     "data/study_window.csv",
     "data/validation/items.csv",
 )
+CLAIM_WIDTHS = (0.28, 0.22, 0.34, 0.16)  # of the columns of the ledger
 
 
 def _record_files(records: Path, model: str) -> list[Path]:
@@ -106,11 +108,13 @@ def generate(records: Path, out: Path, figures: Path | None = None, models: Sequ
         raise CompendiumError(f"there is no record in {records}: run ./run_all.sh first.")
     for path in [path for model in models for path in _record_files(records, model)]:
         _refuse_flagged(path)
-    values = {model: summaries.numbers(records, model) for model in models}
+    ledger = claims.all_verdicts(records, models)
+    values = {model: summaries.numbers(records, model) | claims.numbers(ledger[model], model) for model in models}
     measured = {name: label for name, label in summaries.HEADLINES.items() if any(name in v for v in values.values())}
     rows = [[label, *(values[model].get(name, "---") for model in models)] for name, label in measured.items()]
     tables = {**summaries.tables(records, models[0]), "models": pd.DataFrame(rows, columns=["", *models])}
     bodies = {f"tab_{name}": tex.tabular(frame) for name, frame in tables.items()}
+    bodies |= {f"tab_{name}": tex.longtable(one, CLAIM_WIDTHS) for name, one in claims.paper_tables(ledger).items()}
     bodies["numbers"] = macros(values)
     generated, header = out / "paper" / "generated", _header(records, models)
     for old in set(generated.glob("*.tex")) - {generated / f"{name}.tex" for name in bodies}:

@@ -1,12 +1,12 @@
-"""The results table of the README, filled in from the committed records, so that no number in it is typed."""
+"""The README's table of results and its ledger of claims, from the committed records, so that no number is typed."""
 
-import re
 from pathlib import Path
 
-from refusal import summaries
+from refusal import claims, summaries
 from refusal.files import CompendiumError, atomic
 
 BEGIN, END = "<!-- results: written by ./run_all.sh --publish -->", "<!-- /results -->"
+CLAIMS_BEGIN, CLAIMS_END = "<!-- claims: written by ./run_all.sh --publish -->", "<!-- /claims -->"
 ROWS = (
     ("agreement of the labels with readers (kappa), text not used for writing the rules",
      "{LabelsKappa} {LabelsKappaInterval}; the study's rule {LabelsSeedKappa}", "00"),
@@ -57,16 +57,24 @@ def table(records: Path, model: str) -> str:
     return "\n".join(lines)
 
 
+def ledger(records: Path) -> str:
+    """The ledger of claims as Markdown, with the verdicts on all models that have records."""
+    return claims.markdown(claims.all_verdicts(records, claims.measured(records)))
+
+
 def refresh(path: Path, records: Path) -> None:
-    """Puts the table of the default model into a README, between its two markers.
+    """Puts the table of the default model and the ledger into a README, each between its two markers.
 
     Raises:
         CompendiumError: The markers are missing.
     """
     text = path.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise CompendiumError(f"{path} must hold the lines {BEGIN!r} and {END!r} once each.")
-    filled = f"{BEGIN}\n{table(records, summaries.DEFAULT_MODEL)}\n{END}"
-    pattern = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
+    for begin, end in ((BEGIN, END), (CLAIMS_BEGIN, CLAIMS_END)):
+        if text.count(begin) != 1 or text.count(end) != 1:
+            raise CompendiumError(f"{path} must hold the lines {begin!r} and {end!r} once each.")
+    parts = {(BEGIN, END): table(records, summaries.DEFAULT_MODEL), (CLAIMS_BEGIN, CLAIMS_END): ledger(records)}
+    for (begin, end), made in parts.items():
+        before, after = text.partition(begin)[0], text.partition(end)[2]
+        text = f"{before}{begin}\n{made}\n{end}{after}"
     with atomic(path) as temporary:
-        temporary.write_text(pattern.sub(lambda _: filled, text), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")

@@ -1,7 +1,7 @@
 """TeX, without knowing what is measured: escaping, tables, and what a source text must not hold."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
@@ -92,6 +92,26 @@ def tabular(frame: pd.DataFrame) -> str:
     head, *rows = [" & ".join(escape(str(cell)) for cell in row) + r" \\" for row in [frame.columns, *frame.to_numpy()]]
     body = "\n".join([r"\toprule", head, r"\midrule", *rows, r"\bottomrule"])
     return f"\\begin{{tabular}}{{{align}}}\n{body}\n\\end{{tabular}}\n"
+
+
+def longtable(frame: pd.DataFrame, widths: Sequence[float]) -> str:
+    """A table that breaks over pages, of a frame of ready strings, whose cells wrap.
+
+    Args:
+        frame: Texts only.
+        widths: Of the columns, as shares of the text's width.
+
+    Raises:
+        CompendiumError: As many widths as columns are needed, and texts in the cells.
+    """
+    if len(widths) != frame.shape[1] or not all(isinstance(cell, str) for cell in frame.to_numpy().ravel()):
+        raise CompendiumError(f"the table of {list(frame.columns)} needs a width a column, and texts in its cells.")
+    column = r">{\raggedright\arraybackslash}p{\dimexpr%.3f\textwidth-2\tabcolsep\relax}"
+    head, *rows = [" & ".join(escape(str(cell)) for cell in row) + r" \\" for row in [frame.columns, *frame.to_numpy()]]
+    spaced = [row + r"\addlinespace" for row in rows]
+    body = "\n".join([r"\toprule", head, r"\midrule", r"\endhead", r"\bottomrule", r"\endfoot", *spaced])
+    columns = "".join(column % width for width in widths)
+    return f"\\begin{{longtable}}{{@{{}}{columns}@{{}}}}\n{body}\n\\end{{longtable}}\n"
 
 
 def _blank(match: re.Match[str]) -> str:
