@@ -20,7 +20,7 @@ DIRECTIONS = DATA + "/directions/{model}.safetensors"
 MADE = expand(OUT + "/notebooks/{model}/{nb}.ipynb", model=MODELS, nb=TARGETS)
 # A change in these executes the notebooks again; what they measure is kept in chunks, and redone only where the change
 # is in what decides tokens.
-RUNNERS = ("environment", "notebooks", "options", "parameters", "paper", "run", "tex")
+RUNNERS = ("appendix", "environment", "notebooks", "options", "parameters", "paper", "run", "tex")
 MODULES = sorted(glob_wildcards("lib/refusal/{name}.py").name)
 CLAIMS = ["data/claims.yaml"] + [f"lib/refusal/{name}.py" for name in MODULES if name.startswith("claim")]  # the ledger
 LIBRARY = [f"lib/refusal/{name}.py" for name in MODULES if name not in RUNNERS and not name.startswith("claim")]
@@ -93,7 +93,7 @@ for nb in NOTEBOOKS:
 
 
 rule numbers:
-    input: MADE, SHARED, CLAIMS, "lib/refusal/paper.py", "lib/refusal/tex.py", "paper/main.tex", expand(RECORDS, model=MODELS, nb=TARGETS)
+    input: MADE, SHARED, CLAIMS, "lib/refusal/appendix.py", "lib/refusal/paper.py", "lib/refusal/tex.py", "paper/main.tex", expand(RECORDS, model=MODELS, nb=TARGETS)
     output: OUT + "/paper/generated/numbers.tex"
     log: OUT + "/logs/numbers.log"
     benchmark: OUT + "/logs/numbers.tsv"

@@ -2,6 +2,7 @@ import json
 import re
 import shutil
 import subprocess
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -56,6 +57,15 @@ def stub_claims(tables) -> dict[str, pd.DataFrame]:
     return {f"claims_{document}": row for document in DOCUMENTS}
 
 
+APPENDIX = ("study_sign", "study_threshold", "compute", "figures")
+
+
+def stub_appendix(records: Path, models) -> dict[str, pd.DataFrame]:
+    """The appendices' tables, of one row."""
+    row = pd.DataFrame([["baseline", "15.0 [9.3, 23.3]"]], columns=["condition", "α"])
+    return dict.fromkeys(APPENDIX, row)
+
+
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """A copy of the paper with notebooks, records and generated files that belong together."""
@@ -67,6 +77,7 @@ def project(tmp_path, monkeypatch):
         all_verdicts=lambda _, models: dict.fromkeys(models), numbers=lambda *_: {}, paper_tables=stub_claims
     )
     monkeypatch.setattr(paper, "claims", ledger)
+    monkeypatch.setattr(paper, "appendix", SimpleNamespace(across=lambda _: {}, tables=stub_appendix))
     for name in ("paper/main.tex", "paper/references.bib", "data/study_sign_inversion.csv"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
@@ -107,7 +118,7 @@ def test_the_same_records_give_the_same_bytes(project, tmp_path):
     again = paper.generate(project / "records", tmp_path / "again")
     assert first == {path.name: path.read_bytes() for path in again.iterdir()}
     ledger = {f"tab_claims_{document}.tex" for document in DOCUMENTS}
-    tables = {f"tab_{name}.tex" for name in ("hierarchy", "sign", "tests", "setup", "models")}
+    tables = {f"tab_{name}.tex" for name in (*APPENDIX, "hierarchy", "sign", "tests", "setup", "models")}
     assert set(first) == ledger | tables | {"numbers.tex"}
 
 
@@ -317,9 +328,18 @@ def test_the_pdf_builds_without_undefined_references_or_type_3_fonts(project):
         fonts = subprocess.run(["pdffonts", project / "out" / "paper.pdf"], capture_output=True, text=True, check=True)
         assert "LMRoman" in fonts.stdout
         assert "Type 3" not in fonts.stdout
+    bundle = (project / "out" / "paper-arxiv.tar.gz").read_bytes()
+    alone = project / "alone"
+    with tarfile.open(project / "out" / "paper-arxiv.tar.gz") as archive:
+        archive.extractall(alone, filter="data")
+    for _ in range(3):  # as arXiv does: TeX alone, no BibTeX
+        subprocess.run(["pdflatex", "-interaction=nonstopmode", "main.tex"], cwd=alone, check=True, capture_output=True)
+    assert "undefined" not in (alone / "main.log").read_text("utf-8", errors="replace")
+
     shutil.rmtree(project / "out")
     paper.generate(project / "records", project / "out", project / "figures")
     assert paper.pdf(project / "out", project / "records").read_bytes() == first
+    assert (project / "out" / "paper-arxiv.tar.gz").read_bytes() == bundle
 
     main = project / "paper" / "main.tex"
     main.write_text(main.read_text().replace(r"\ref{tab:sign}", r"\ref{tab:nowhere}"))

@@ -16,7 +16,7 @@ from refusal import records, statistics
 from refusal.analyses import plan
 from refusal.files import CompendiumError
 from refusal.statistics import Interval
-from refusal.wording import detectable, p_value, percent, points, span
+from refusal.wording import detectable, p_equals, p_value, percent, points, span
 
 REPLICATED, CONTRADICTED, INCONCLUSIVE = "replicated", "contradicted", "inconclusive"
 NOT_TESTABLE, NOT_MEASURED = "not testable here", "not measured yet"
@@ -160,15 +160,9 @@ def change_words(row: "pd.Series[Any]") -> str:
     """
     return (
         f"{points(row['difference'])} points {span(Interval(row['low'], row['high']))}, from {percent(row['before'])} "
-        f"to {percent(row['after'])} %; {prompts_words(int(row['n']), int(row['clusters']))}; {p_words(row['p'])}, "
+        f"to {percent(row['after'])} %; {prompts_words(int(row['n']), int(row['clusters']))}; {p_equals(row['p'])}, "
         f"Holm {p_value(row['p_holm'])}"
     )
-
-
-def p_words(p: float) -> str:
-    """A p value with its letter, e.g. "p = 0.038" or "p < 0.0001"."""
-    said = p_value(p)
-    return f"p {said}" if said.startswith("<") else f"p = {said}"
 
 
 def prompts_words(n: int, clusters: int) -> str:

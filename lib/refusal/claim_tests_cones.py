@@ -4,11 +4,11 @@ import pandas as pd
 
 from refusal import cone_effects, cone_tables, statistics, window_runs
 from refusal.analyses import plan
-from refusal.claim_evidence import Evidence, Finding, by_interval, decide, finding, p_words
+from refusal.claim_evidence import Evidence, Finding, by_interval, decide, finding
 from refusal.cone_effects import Contrast
 from refusal.cone_prose import interval_of, number, with_interval
 from refusal.statistics import Interval
-from refusal.wording import p_value, percent, points, span
+from refusal.wording import p_equals, p_value, percent, points, span
 
 CONES = cone_effects.NOTEBOOK
 
@@ -36,7 +36,7 @@ def separate_directions(evidence: Evidence) -> Finding:
     verdict = decide(planned == "separate", planned == "shared")
     said = (
         f"{planned}: own minus other categories' directions {found.value:+.2f} log-odds {interval_of(found.interval)}, "
-        f"own effect {found.own:+.2f}; n = {found.n} prompts; Holm {p_words(tests.loc['causes', 'p_holm'])}"
+        f"own effect {found.own:+.2f}; n = {found.n} prompts; Holm {p_equals(tests.loc['causes', 'p_holm'])}"
     )
     return finding(verdict, said, _shares(found))
 
@@ -81,7 +81,7 @@ def geometry_differs(evidence: Evidence) -> Finding:
     verdict = decide(clear and row["value"] < permuted, clear and row["value"] > permuted)
     said = (
         f"unbiased mean cosine {with_interval(row)}, {number(permuted)} under permuted categories; "
-        f"{p_words(row['p'])}, Holm {p_value(row['p_holm'])}"
+        f"{p_equals(row['p'])}, Holm {p_value(row['p_holm'])}"
     )
     drawn = len(cone_tables.draws(metrics, "permuted", "unbiased_cosine"))
     return finding(verdict, said, f"With {drawn} permutations no p lies below {p_value(1 / (1 + drawn))}.")
@@ -112,7 +112,7 @@ def ablation_apart(evidence: Evidence) -> Finding:
     verdict = decide(apart and found.own > 0, alike and found.own > 0)
     said = (
         f"ablation takes away {points(found.own)} points of the own category's refusals, {points(found.value)} "
-        f"{interval_of(found.interval, 100, 1)} more than of the others'; n = {found.n} prompts, {p_words(found.p)}"
+        f"{interval_of(found.interval, 100, 1)} more than of the others'; n = {found.n} prompts, {p_equals(found.p)}"
     )
     return finding(verdict, said, _shares(found))
 
@@ -122,7 +122,7 @@ def depth_trend(evidence: Evidence) -> Finding:
     rho, null, p = cone_tables.trend(evidence.record(CONES).metrics)
     clear = p < plan()["level"]
     verdict = decide(clear and rho < 0, clear and rho > 0)
-    said = f"rank correlation with the layer {rho:+.2f}, {null:+.2f} under permuted categories (median), {p_words(p)}"
+    said = f"rank correlation with the layer {rho:+.2f}, {null:+.2f} under permuted categories (median), {p_equals(p)}"
     return finding(verdict, said, "Depth alone may give as strong a trend: the null's draws reach it.")
 
 

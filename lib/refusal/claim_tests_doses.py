@@ -13,13 +13,12 @@ from refusal.claim_evidence import (
     change_power,
     decide,
     finding,
-    p_words,
     prompts_words,
     rate_words,
     share_power,
 )
 from refusal.statistics import Interval
-from refusal.wording import points, span
+from refusal.wording import p_equals, points, span
 
 DOSES, SWEEP = "04_llama_threshold", "06_layer_sweep"
 
@@ -91,7 +90,7 @@ def gates(evidence: Evidence) -> Finding:
     largest = table.loc[table["change"].abs().idxmax(), "change"]
     said = (
         f"{passed.sum()} of {len(table)} confirmed cells pass, {sure.sum()} with Holm's correction; least Holm "
-        f"{p_words(table['p_holm'].min())}, largest change {points(largest)} points; n = {table['n'].iloc[0]} prompts "
+        f"{p_equals(table['p_holm'].min())}, largest change {points(largest)} points; n = {table['n'].iloc[0]} prompts "
         "a cell"
     )
     return finding(verdict, said, change_power(table["n"].iloc[0], float(table["random"].mean())))
@@ -110,7 +109,7 @@ def published_jump(evidence: Evidence) -> Finding:
     smooth = set(kinds.values()) == {"graded"} and not any(below)
     said = "; ".join(
         f"{way} answers: {kinds[way]}, width {curve.described.width:.2f} {span(curve.described.width_interval, 1, 2)}, "
-        f"steepest pair {p_words(p[way])}"
+        f"steepest pair {p_equals(p[way])}"
         for way, curve in found.items()
     )
     return finding(decide(sharp, smooth), said, f"Counts of {collapse_study.counts()['n'].iloc[0]} prompts a dose.")
@@ -134,8 +133,8 @@ def published_p(evidence: Evidence, model: str, condition: str) -> Finding:
     verdict = decide(row["fisher"] < level, row["z"] >= level)
     power = statistics.power_two_proportions(base["rate"], row["rate"], int(row["n"]))
     said = (
-        f"{row['k']} against {base['k']} of {row['n']}: pooled z {p_words(row['z'])}, Fisher "
-        f"{p_words(row['fisher'])}, both as if prompts were independent"
+        f"{row['k']} against {base['k']} of {row['n']}: pooled z {p_equals(row['z'])}, Fisher "
+        f"{p_equals(row['fisher'])}, both as if prompts were independent"
     )
     return finding(verdict, said, f"The power of such a comparison is {100 * power:.0f} %.")
 

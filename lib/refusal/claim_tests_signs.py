@@ -24,12 +24,11 @@ from refusal.claim_evidence import (
     change_words,
     decide,
     finding,
-    p_words,
     rate_words,
     share_power,
 )
 from refusal.control_screens import family_of
-from refusal.wording import p_value, people, percent
+from refusal.wording import p_equals, p_value, people, percent
 
 CONTROLS, SIGN, HIERARCHY = "02_orthogonal_controls", "03_sign_inversion", "08_robustness_hierarchy"
 EVALUATION, LAYOUT = "harmful_evaluation", "harmful_study"
@@ -155,7 +154,7 @@ def special(evidence: Evidence) -> Finding:
     row, draws = test.loc["random"], int(test["n"].min())
     said = (
         f"swing {row['extracted']:+.2f} log-odds, z = {row['z']:+.1f} among random directions, rank "
-        f"{p_words(row['p'])}; largest Holm {p_words(test['p_holm'].max())} of {len(test)} families; {draws} draws"
+        f"{p_equals(row['p'])}; largest Holm {p_equals(test['p_holm'].max())} of {len(test)} families; {draws} draws"
     )
     return finding(verdict, said, f"With {draws} draws no rank p lies below {p_value(1 / (1 + draws))}.")
 

@@ -11,10 +11,9 @@ from refusal.claim_evidence import (
     change_power,
     decide,
     finding,
-    p_words,
 )
 from refusal.statistics import Interval
-from refusal.wording import people, percent, points, span
+from refusal.wording import p_equals, people, percent, points, span
 
 WINDOW = window_runs.NOTEBOOK
 
@@ -33,7 +32,7 @@ def _useful(found: windows.Found) -> tuple[str, str, str]:
     said = (
         f"window {window_words.edges(found)} in alpha, a useful part in {percent(found.share)} % of {windows.DRAWS} "
         f"resamples ({shares} decide); largest rise of refusal within {points(found.rise)} points ("
-        f"{p_words(found.rise_p)}) of {percent(found.room)} possible; n = {len(found.answers.harmful)} + "
+        f"{p_equals(found.rise_p)}) of {percent(found.room)} possible; n = {len(found.answers.harmful)} + "
         f"{len(found.answers.harmless)} prompts"
     )
     if found.room < least:
@@ -99,7 +98,7 @@ def formats(evidence: Evidence) -> Finding:
     verdict = decide(lowers and not raises, (raises and not lowers) or same)
     said = "; ".join(
         f"{name} {points(row['change'])} {span(Interval(row['change_low'], row['change_high']))} (Holm "
-        f"{p_words(row['p_holm'])})"
+        f"{p_equals(row['p_holm'])})"
         for name, row in table.iterrows()
     )
     base = every.loc[window_runs.NONE]
@@ -115,7 +114,7 @@ def formats_late(evidence: Evidence) -> Finding:
     verdict = decide(clear and found.difference > 0, clear and found.difference < 0)
     said = (
         f"late minus early {found.difference:+.2f} {span(found.interval, 1, 2)} mean differences ("
-        f"{p_words(found.p)}); n = {found.n} prompts in {found.clusters} clusters"
+        f"{p_equals(found.p)}); n = {found.n} prompts in {found.clusters} clusters"
     )
     return finding(verdict, said, f"The interval, {span(found.interval, 1, 2)}, says what was left open.")
 

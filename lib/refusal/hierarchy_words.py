@@ -13,7 +13,7 @@ from refusal.hierarchy import RECORDS
 from refusal.hierarchy_order import Measured
 from refusal.specification_runs import rule
 from refusal.statistics import Interval
-from refusal.wording import detectable, people, percent, points, span
+from refusal.wording import detectable, p_equals, people, percent, points, span
 
 HEADLINES = {
     "HierarchyVerdict": "verdict on a hierarchy of robustness between models",
@@ -163,7 +163,7 @@ def _differences(family: pd.DataFrame) -> str:
     rest = len(family) - len(sure)
     said = [
         f"{NAMES[row['name']]}: {people(row['first'])} minus {people(row['second'])} {points(row['value'])} points "
-        f"{span(Interval(row['low'], row['high']))} (Holm {specification_words.p_equals(row['p_holm'])})"
+        f"{span(Interval(row['low'], row['high']))} (Holm {p_equals(row['p_holm'])})"
         for _, row in sure.iterrows()
     ]
     tail = f"{rest} of {len(family)} show no detectable difference" if rest else ""

@@ -1,10 +1,13 @@
 """The paper: its numbers, tables and figures, from records only; the check that its text types none; its PDF."""
 
 import argparse
+import gzip
+import io
 import json
 import re
 import shutil
 import subprocess
+import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from refusal import __version__, claims, summaries, tex
+from refusal import __version__, appendix, claims, summaries, tex
 from refusal.files import ROOT, CompendiumError, atomic, cli, sha256_file, sha256_text
 
 # What the numbers depend on beside the records of a model.
@@ -28,7 +31,8 @@ SHARED = (
     "data/study_window.csv",
     "data/validation/items.csv",
 )
-CLAIM_WIDTHS = (0.28, 0.22, 0.34, 0.16)  # of the columns of the ledger
+CLAIM_WIDTHS = (0.28, 0.22, 0.34, 0.16)  # of the columns of the ledger, as shares of the text's width
+FIRST_WIDTHS = {"hierarchy": 0.28, "models": 0.34, "study_sign": 0.2, "compute": 0.3}  # tables whose cells wrap
 
 
 def _record_files(records: Path, model: str) -> list[Path]:
@@ -110,10 +114,12 @@ def generate(records: Path, out: Path, figures: Path | None = None, models: Sequ
         _refuse_flagged(path)
     ledger = claims.all_verdicts(records, models)
     values = {model: summaries.numbers(records, model) | claims.numbers(ledger[model], model) for model in models}
+    values[models[0]] |= appendix.across(ledger)
     measured = {name: label for name, label in summaries.HEADLINES.items() if any(name in v for v in values.values())}
     rows = [[label, *(values[model].get(name, "---") for model in models)] for name, label in measured.items()]
     tables = {**summaries.tables(records, models[0]), "models": pd.DataFrame(rows, columns=["", *models])}
-    bodies = {f"tab_{name}": tex.tabular(frame) for name, frame in tables.items()}
+    tables |= appendix.tables(records, models)
+    bodies = {f"tab_{name}": _table(name, frame) for name, frame in tables.items()}
     bodies |= {f"tab_{name}": tex.longtable(one, CLAIM_WIDTHS) for name, one in claims.paper_tables(ledger).items()}
     bodies["numbers"] = macros(values)
     generated, header = out / "paper" / "generated", _header(records, models)
@@ -129,6 +135,14 @@ def generate(records: Path, out: Path, figures: Path | None = None, models: Sequ
         with atomic(out / "paper" / "figures" / f"{name}.pdf") as path:
             shutil.copyfile(source, path)
     return generated
+
+
+def _table(name: str, frame: pd.DataFrame) -> str:
+    """A table that fits a page: where cells wrap, the columns but the first are equally wide."""
+    if name not in FIRST_WIDTHS:
+        return tex.tabular(frame)
+    first, others = FIRST_WIDTHS[name], frame.shape[1] - 1
+    return tex.longtable(frame, [first, *[(1 - first) / others] * others])
 
 
 def _text(name: str) -> str:
@@ -206,7 +220,7 @@ def check(paper: Path, generated: Path, records: Path = ROOT / "data" / "records
 
 
 def pdf(out: Path, records: Path) -> Path:
-    """Builds `out`/paper.pdf in `out`/paper, where the text is copied and checked first.
+    """Builds `out`/paper.pdf in `out`/paper, where the text is copied and checked first, and packs its sources.
 
     Raises:
         CompendiumError: The check's findings, no TeX on this machine, an error of TeX, or an undefined reference.
@@ -229,7 +243,30 @@ def pdf(out: Path, records: Path) -> Path:
         raise CompendiumError(f"TeX failed on {folder / 'main.tex'}: {' '.join(faults[:3]) or lines[-1:]}; see {log}.")
     with atomic(out / "paper.pdf") as path:
         shutil.copyfile(folder / "main.pdf", path)
+    bundle(folder, out / "paper-arxiv.tar.gz")
     return out / "paper.pdf"
+
+
+def bundle(folder: Path, path: Path) -> None:
+    """Packs a built paper's sources for arXiv, which runs TeX and no BibTeX; the same sources give the same bytes.
+
+    Args:
+        folder: With main.tex, main.bbl and the generated files and figures that the text uses.
+        path: The tarball.
+    """
+    source = tex.strip_comments((folder / "main.tex").read_text(encoding="utf-8"))
+    names = ["main.tex", "main.bbl", "references.bib", "generated/numbers.tex"]
+    names += [f"generated/{name}.tex" for name in dict.fromkeys(tex.INPUT.findall(source)) if name != "numbers"]
+    names += [f"figures/{name}.pdf" for name in dict.fromkeys(tex.FIGURE.findall(source))]
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for name in names:
+            data = (folder / name).read_bytes()
+            about = tarfile.TarInfo(name)
+            about.size = len(data)
+            archive.addfile(about, io.BytesIO(data))
+    with atomic(path) as temporary:
+        temporary.write_bytes(gzip.compress(packed.getvalue(), mtime=0))
 
 
 def main(arguments: Sequence[str]) -> int:

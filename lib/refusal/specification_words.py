@@ -10,7 +10,7 @@ from refusal.analyses import plan
 from refusal.specification import FACTORS, Arm
 from refusal.specification_runs import layers, rule
 from refusal.statistics import Interval
-from refusal.wording import p_value, percent, points, span
+from refusal.wording import p_equals, p_value, percent, points, span
 
 HEADLINES = {
     "HierarchyCurveVerdict": "the effect of the sign over all choices of measurement",
@@ -70,12 +70,6 @@ def numbers(frame: pd.DataFrame, metrics: pd.DataFrame, own: Sequence[Arm], seed
 
 def _doses() -> dict[str, float]:
     return {unit: dose for unit, dose in rule()["doses"].items() if unit in rule()["units"]}
-
-
-def p_equals(p: float) -> str:
-    """E.g. "p = 0.038" or "p < 0.0001"."""
-    said = p_value(p)
-    return f"p {said}" if said.startswith("<") else f"p = {said}"
 
 
 def rule_in_words(which: str) -> str:
