@@ -75,6 +75,7 @@ for nb in NOTEBOOKS:
             OUT + "/models/{model}.json" if MEASURE else OWN,
             [] if nb == FIRST else expand(RECORDS, nb=FIRST, allow_missing=True) + [DIRECTIONS],
             beside if nb == LAST else [],
+            CLAIMS if nb == LAST else [],  # it shows the ledger
             notebook=f"notebooks/{nb}.ipynb",
         output:
             OWN if MEASURE else [],
