@@ -85,10 +85,10 @@ for nb in NOTEBOOKS:
         benchmark: OUT + "/logs/{model}/" + nb + ".tsv"
         params:
             yaml=parameters(nb),
-        threads: config.get("cores", 2)
+        threads: config.get("cores", 2) if MEASURE else 1
         resources:
-            measure=1,
-            mem_mb=8000,
+            measure=1 if MEASURE else 0,  # those that read records run beside each other
+            mem_mb=8000 if MEASURE else 2000,
         message: nb + " on {wildcards.model}"
         shell: "exec {PYTHON} -m refusal.notebooks run {input.notebook} --out {output.notebook} -y {params.yaml:q} > {log} 2>&1"
 
