@@ -8,7 +8,7 @@ import contextlib
 import json
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -40,6 +40,7 @@ from refusal.files import ROOT, atomic, progress, sha256_file, sha256_text
 DECIDE_TOKENS = (conversion, models, prefixes, directions, conditions, engine, steering)
 DECIDE_METRICS = (*DECIDE_TOKENS, activations)
 PROMPT_TOKENS = 128
+LOADING = 1.5  # times the weights, beside the processor: copies are made of parts while they are loaded and multiplied
 ADDRESSES = 4e9  # a process limit counts addresses, of which the libraries map so many without taking memory
 FIXED_BYTES = 1.2e9  # the libraries, and the vocabulary's logits of a block of rows: measured on the 0.5B
 
@@ -119,36 +120,47 @@ def row_bytes(folder: Path, dtype: str, tokens: int, letters: int = 0) -> float:
         letters: Of the longest prompt, which has at most as many tokens; a prompt counts 128 at least.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return config_row_bytes(config, dtype, tokens, letters)
+
+
+def config_row_bytes(config: Mapping[str, Any], dtype: str, tokens: int, letters: int = 0) -> float:
+    """The same from the sizes that a model's config.json holds."""
     heads = config["num_attention_heads"]
     width = config.get("head_dim") or config["hidden_size"] // heads
     each = 2 * config["num_hidden_layers"] * config.get("num_key_value_heads", heads) * width
     return 2.0 * each * (2 if dtype == "bfloat16" else 4) * (max(PROMPT_TOKENS, letters) + tokens)
 
 
-def rows_that_fit(rows: int, row: float, weights_bytes: float, memory: float | None = None) -> int:
+def rows_that_fit(
+    rows: int, row: float, weights_bytes: float, memory: float | None = None, gpu: bool | None = None
+) -> int:
     """The row count, halved until a batch fits half of the memory that the weights leave.
 
-    It follows from the machine's size, not from what happens to be free, so that a resumed run cuts the same chunks.
+    It follows from the machine's size, not from what happens to be free, so that a resumed run cuts the same chunks. On
+    a GPU the weights lie once, and nothing else of their size: 8 billion parameters leave a third of 24 GB for rows.
 
     Args:
         rows: What the parameters ask for.
         row: Bytes a row, of `row_bytes`.
         weights_bytes: Size of the weights in memory.
         memory: Bytes; None for this machine's (or its control group's, or its process limit).
+        gpu: Whether they are a GPU's; None asks the machine.
     """
-    memory = memory or _memory()
-    while rows > 1 and rows * row > 0.5 * max(memory - 1.5 * weights_bytes - FIXED_BYTES, 0):
+    memory = memory or machine_memory()
+    times = 1.0 if (torch.cuda.is_available() if gpu is None else gpu) else LOADING
+    while rows > 1 and rows * row > 0.5 * max(memory - times * weights_bytes - FIXED_BYTES, 0):
         rows //= 2
     return rows
 
 
-def _memory() -> float:
+def machine_memory() -> float:
+    """Bytes of the GPU where there is one, else of this machine (or its control group, or its process limit)."""
+    if torch.cuda.is_available():  # weights and rows lie there, whatever the processor has
+        return float(torch.cuda.get_device_properties(0).total_memory)
     limits = [float(psutil.virtual_memory().total)]
     for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         if Path(name).is_file() and (text := Path(name).read_text().strip()).isdigit():
             limits.append(float(text))
-    if torch.cuda.is_available():
-        limits.append(float(torch.cuda.get_device_properties(0).total_memory))
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
     return min([*limits, *([] if soft == resource.RLIM_INFINITY else [max(0.0, soft - ADDRESSES)])])
 
@@ -207,7 +219,10 @@ def _generate(
 
 def write(store: Store, frame: pd.DataFrame, path: Path, began: float) -> None:
     """Writes a chunk with what it cost since `began` (of `time.monotonic`)."""
-    cost = {"wall_s": time.monotonic() - began, "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if torch.cuda.is_available():  # whichever is the larger: the process's memory or the GPU's
+        peak = max(peak, torch.cuda.max_memory_allocated() / 2**30)
+    cost = {"wall_s": time.monotonic() - began, "peak_gb": peak}
     table = pa.Table.from_pandas(frame, preserve_index=False)
     with atomic(path) as temporary:
         sealed = table.replace_schema_metadata({b"cost": json.dumps(cost).encode()})

@@ -139,7 +139,7 @@ def completions(
             raise CompendiumError(f"the record of {run.notebook} was made with other prompts: measure it again.")
         return found
     folder = models.fetch(run.model)
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    size = sum(path.stat().st_size for path in folder.glob("model*.safetensors"))  # those that are loaded
     size *= 2 if run.facts["dtype"] == "float32" else 1  # the files hold bfloat16
     row = chunks.row_bytes(folder, run.facts["dtype"], max_new_tokens, int(frame["text"].str.len().max()))
     rows = chunks.rows_that_fit(int(run.parameters["rows"]), row, size)
@@ -313,6 +313,9 @@ def finish(run: Run) -> None:
 def _provenance(run: Run, store: chunks.Store) -> dict[str, Any]:
     deciding = ("lib", "notebooks", "data/prompts", "data/*.csv", "data/*.yaml")
     changed = provenance.git(ROOT, "status", "--porcelain", "--", *deciding)
+    hardware = {"machine": platform.machine(), "processor": provenance.processor(), "cores": os.cpu_count()}
+    if torch.cuda.is_available():
+        hardware["accelerator"] = torch.cuda.get_device_name()
     return {
         "notebook": run.notebook,
         "model": run.model,
@@ -323,7 +326,7 @@ def _provenance(run: Run, store: chunks.Store) -> dict[str, Any]:
         "commit": provenance.git(ROOT, "rev-parse", "HEAD"),
         "dirty": bool(changed),
         "packages": {name: packages.version(name) for name in ("nnsight", "torch", "transformers", "numpy", "pandas")},
-        "hardware": {"machine": platform.machine(), "processor": provenance.processor(), "cores": os.cpu_count()},
+        "hardware": hardware,
         "threads": torch.get_num_threads(),
         "wall_s": round(sum(cost["wall_s"] for cost in store.costs), 1),
         "peak_gb": round(max((cost["peak_gb"] for cost in store.costs), default=0.0), 2),
