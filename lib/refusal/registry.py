@@ -17,7 +17,20 @@ _PATTERNS = {
     "gguf_sha256": r"[0-9a-f]{64}",
 }
 _WHEEL = {"project": r"[A-Za-z]\w*", "version": r"[\w.]+", "member": r"[\w./-]+", "sha256": r"[0-9a-f]{64}"}
+_SHAPE = ("vocabulary", "feed_forward", "heads", "kv_heads", "head_width")
 _OWN = {"hub": ("hub_id", "revision"), "wheels": ("wheels", "gguf_name", "gguf_bytes", "gguf_sha256")}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a model that its entry gives for estimates; nothing that is measured depends on them."""
+
+    vocabulary: int
+    feed_forward: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    tied: bool
 
 
 @dataclass(frozen=True)
@@ -38,6 +51,7 @@ class Entry:
     gguf_name: str = ""
     gguf_bytes: int = 0
     gguf_sha256: str = ""
+    shape: Shape | None = None
 
 
 def _read_entry(model_id: str, raw: object) -> Entry:
@@ -48,7 +62,7 @@ def _read_entry(model_id: str, raw: object) -> Entry:
         raise CompendiumError(f"{REGISTRY}: entry {model_id!r} must be a mapping of fields.")
     values = {"id": model_id, **raw}
     known = {field.name: field.type for field in fields(Entry)}
-    needed = [name for name in known if name not in {n for names in _OWN.values() for n in names}]
+    needed = [name for name in known if name not in {"shape"}.union(*_OWN.values())]
     needed += _OWN.get(str(values.get("source")), ())
     others = {name for source, names in _OWN.items() if source != values.get("source") for name in names}
     for name in values:
@@ -76,8 +90,15 @@ def _read_entry(model_id: str, raw: object) -> Entry:
         for name, pattern in _WHEEL.items():
             if not isinstance(wheel[name], str) or not re.fullmatch(pattern, wheel[name]):
                 raise wrong("wheels", f"number {number} has {name} {wheel[name]!r}, which does not match {pattern}")
+    shape = values.get("shape")
+    if shape is not None:
+        given = shape if isinstance(shape, dict) and set(shape) == {*_SHAPE, "tied"} else {}
+        sizes = [given.get(name) for name in _SHAPE]
+        if not all(type(size) is int and size > 0 for size in sizes) or type(given["tied"]) is not bool:
+            raise wrong("shape", f"it must have the whole numbers {', '.join(_SHAPE)}, and tied: true or false")
+        shape = Shape(**shape)
     parts = tuple((w["project"], w["version"], w["member"], w["sha256"]) for w in wheels)
-    return Entry(**{**values, "stop": tuple(stop), "wheels": parts})
+    return Entry(**{**values, "stop": tuple(stop), "wheels": parts, "shape": shape})
 
 
 def registry() -> dict[str, Entry]:
