@@ -338,7 +338,9 @@ def test_bad_prompt_file_is_refused_before_anything_starts(tmp_path):
 
 @pytest.mark.slow
 def test_run_makes_everything_once_and_again_what_a_change_concerns(copy):
-    assert [line.split("  ")[1] for line in succeeds(copy, "--dry-run").splitlines()] == [
+    said = succeeds(copy, "--dry-run")
+    assert f"{MODEL}: 0.49 billion parameters, " in said and "not counted, for want of a record: 01, 03" in said
+    assert [line.split("  ")[1] for line in said.splitlines() if line.startswith("would do  ")] == [
         f"weights of {MODEL}",
         f"01_extraction on {MODEL}",
         f"03_sign_inversion on {MODEL}",

@@ -82,7 +82,7 @@ def parse(arguments: Sequence[str]) -> Options:
     add("--quick", action="store_true", help="few prompts, for a first look in two minutes; into build/quick")
     add("--replay", action="store_true", help="figures and paper from the committed records: no model, no network")
     add("--prompts", metavar="FILE", help="evaluate on your own prompts; into build/user, and printed")
-    add("--dry-run", action="store_true", help="print what would be done, and do nothing")
+    add("--dry-run", action="store_true", help="print what would be done, and the memory and time it takes; do nothing")
     add("--cores", type=int, metavar="N", help="processor cores to use (default: all)")
     add("--profile", default="", metavar="NAME", help="a Snakemake profile, e.g. for a cluster")
     add("--fresh", action="store_true", help="discard what this kind of run has made, chunks too, and begin again")

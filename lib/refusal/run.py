@@ -243,6 +243,10 @@ def main(arguments: Sequence[str]) -> int:
     if options.dry_run:
         with tempfile.TemporaryDirectory() as folder:
             run(options, config, Path(folder))
+        if config["mode"] == "measure":
+            from refusal import estimates  # imports torch
+
+            print(estimates.report(options.models, config["notebooks"]))
         return 0
     if options.fresh:
         discard(options)
