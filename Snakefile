@@ -61,7 +61,7 @@ rule weights:
     log: OUT + "/logs/{model}/weights.log"
     benchmark: OUT + "/logs/{model}/weights.tsv"
     message: "weights of {wildcards.model}"
-    shell: "exec {PYTHON} -m refusal.models fetch {wildcards.model} --stamp {output} > {log} 2>&1"
+    shell: "exec {PYTHON:q} -m refusal.models fetch {wildcards.model} --stamp {output} > {log} 2>&1"
 
 
 for nb in NOTEBOOKS:
@@ -90,7 +90,7 @@ for nb in NOTEBOOKS:
             measure=1 if MEASURE else 0,  # those that read records run beside each other
             mem_mb=8000 if MEASURE else 2000,
         message: nb + " on {wildcards.model}"
-        shell: "exec {PYTHON} -m refusal.notebooks run {input.notebook} --out {output.notebook} -y {params.yaml:q} > {log} 2>&1"
+        shell: "exec {PYTHON:q} -m refusal.notebooks run {input.notebook} --out {output.notebook} -y {params.yaml:q} > {log} 2>&1"
 
 
 rule numbers:
@@ -102,7 +102,7 @@ rule numbers:
         models=" ".join(f"--model {model}" for model in MODELS),
     message: "numbers, tables and figures of the paper"
     shell:
-        "exec {PYTHON} -m refusal.paper numbers --records {DATA}/records --figures {OUT}/figures --out {OUT} {params.models}"
+        "exec {PYTHON:q} -m refusal.paper numbers --records {DATA}/records --figures {OUT}/figures --out {OUT} {params.models}"
         " > {log} 2>&1"
 
 
@@ -112,4 +112,4 @@ rule paper:
     log: OUT + "/logs/paper.log"
     benchmark: OUT + "/logs/paper.tsv"
     message: "paper.pdf"
-    shell: "exec {PYTHON} -m refusal.paper pdf --records {DATA}/records --out {OUT} > {log} 2>&1"
+    shell: "exec {PYTHON:q} -m refusal.paper pdf --records {DATA}/records --out {OUT} > {log} 2>&1"

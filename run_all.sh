@@ -117,10 +117,16 @@ tests() {
     [ -z "$failed" ] || fail "failed:$failed."
 }
 
+# The fault suite whole; the default tests run a shortened selection of it.
+faults() {
+    OMP_NUM_THREADS=1 "$PY" -m pytest -n 2 -m "" tests/faults || fail "failed: pytest."
+}
+
 BASE=$(find_python) || fail "Python 3.11 or later is needed: install it, or name one with PYTHON=/path/to/python3."
 if [ "${1:-}" = test ]; then
-    [ $# = 1 ] || fail "test takes no options."
-    builds_paper=paper dry_run=""
+    [ $# = 1 ] || [ "$*" = "test faults" ] || fail "test takes no options but the word faults."
+    [ $# = 1 ] && builds_paper=paper || builds_paper=""
+    dry_run=""
 else
     case ${1:-} in bench | claims) kind=$1 ;; *) kind="" ;; esac
     case " $* " in *" --help "* | *" -h "*) exec "$BASE" lib/refusal/options.py ${kind:+"$kind"} --help ;; esac
@@ -138,7 +144,8 @@ if [ -n "$dry_run" ]; then
 fi
 
 # One run at a time in a folder. The lock ends with this process, and is not handed to those that it starts.
-mkdir -p build/logs 2>/dev/null || fail "no permission to write $PWD/build: change its owner or mode."
+mkdir -p build/logs 2>/dev/null && { : >>build/.lock; } 2>/dev/null ||
+    fail "no permission to write $PWD/build: change its owner or mode."
 if command -v flock >/dev/null; then
     exec 9>build/.lock
     flock -n 9 || fail "another run is under way in $PWD: wait for its end, or stop it."
@@ -147,7 +154,7 @@ environment
 [ -z "$builds_paper" ] || tex
 if [ "${1:-}" = test ]; then
     exec 9>&- # the tests start runs of their own
-    tests
+    if [ $# = 1 ]; then tests; else faults; fi
 elif [ "${1:-}" = bench ]; then
     exec "$PY" -m benchmarks.harness "${@:2}"
 elif [ "${1:-}" = claims ]; then

@@ -15,7 +15,12 @@ LABELS = ("refusal", "compliance", "degenerate")
 @functools.cache
 def plan() -> dict[str, Any]:
     """The analysis plan."""
-    return yaml.safe_load((ROOT / "data" / "analysis_plan.yaml").read_text(encoding="utf-8"))
+    path = ROOT / "data" / "analysis_plan.yaml"
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        said = " ".join(str(error).split())
+        raise CompendiumError(f"{path} is damaged ({said}): restore it with git.") from error
 
 
 def rates(frame: pd.DataFrame) -> pd.DataFrame:

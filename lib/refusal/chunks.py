@@ -10,6 +10,7 @@ import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,8 +20,8 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from refusal import (
     activations,
@@ -31,6 +32,7 @@ from refusal import (
     models,
     prefixes,
     prompts,
+    records,
     steering,
     weights,
 )
@@ -77,7 +79,9 @@ def open_store(model: str) -> Store:
     key = sha256_text(json.dumps([source, stop, models.choose_dtype(), _sources((models,))]))[:24]
     path = store.folder / f"model-{key}.json"
     with contextlib.suppress(FileNotFoundError, ValueError):  # missing, or damaged
-        store.facts = json.loads(path.read_text())
+        facts, _, seal = path.read_text().partition("\n")
+        if not seal or seal == sha256_text(facts):  # older ones have none
+            store.facts = json.loads(facts)
     if not store.facts:
         model_ = load_model(store)
         store.facts = {
@@ -89,7 +93,8 @@ def open_store(model: str) -> Store:
             "stop_tokens": [model_.tokenizer.convert_ids_to_tokens(i) for i in model_.stop_ids],
         }
         with atomic(path) as temporary:
-            temporary.write_text(json.dumps(store.facts))
+            facts = json.dumps(store.facts)
+            temporary.write_text(f"{facts}\n{sha256_text(facts)}")  # JSON alone does not notice a flipped bit
     return store
 
 
@@ -223,9 +228,9 @@ def write(store: Store, frame: pd.DataFrame, path: Path, began: float) -> None:
     if torch.cuda.is_available():  # whichever is the larger: the process's memory or the GPU's
         peak = max(peak, torch.cuda.max_memory_allocated() / 2**30)
     cost = {"wall_s": time.monotonic() - began, "peak_gb": peak}
-    table = pa.Table.from_pandas(frame, preserve_index=False)
+    table, described = pa.Table.from_pandas(frame, preserve_index=False), json.dumps(cost)
     with atomic(path) as temporary:
-        sealed = table.replace_schema_metadata({b"cost": json.dumps(cost).encode()})
+        sealed = table.replace_schema_metadata({b"cost": described.encode(), b"sha256": records.seal(table, described)})
         pq.write_table(sealed, temporary, write_page_checksum=True)
     store.costs.append(cost)
 
@@ -236,7 +241,11 @@ def read(store: Store, path: Path) -> pd.DataFrame | None:
         return None
     try:
         table = pq.read_table(path, page_checksum_verification=True)
-        store.costs.append(json.loads((table.schema.metadata or {})[b"cost"]))
+        about = table.schema.metadata or {}
+        described = about[b"cost"].decode()
+        if b"sha256" in about and about[b"sha256"] != records.seal(table, described):  # older chunks have none
+            raise ValueError("flipped bits")
+        store.costs.append(json.loads(described))
     except (pa.ArrowException, OSError, KeyError, ValueError):
         path.unlink(missing_ok=True)
         return None
@@ -247,12 +256,20 @@ def last_tokens(store: Store, frame: pd.DataFrame) -> torch.Tensor:
     """Last-token activations `[prompts, layers, width]` of prompts, kept as one chunk."""
     name = key(store, (conversion, models, prefixes, engine, activations), prompts.digest(frame))
     path = store.folder / f"{name}.safetensors"
-    with contextlib.suppress(FileNotFoundError, SafetensorError, KeyError):  # missing, or damaged
-        return load_file(path)["activations"]
+    with contextlib.suppress(FileNotFoundError, SafetensorError, ValueError), safe_open(path, framework="pt") as stream:
+        kept = stream.get_tensor("activations")
+        wanted = (stream.metadata() or {}).get("sha256")  # older ones have none
+        if wanted in (None, _digest(kept)):
+            return kept
     measured = activations.last_token(load_model(store), frame["text"].tolist())
     with atomic(path) as temporary:
-        save_file({"activations": measured}, temporary)
+        save_file({"activations": measured}, temporary, metadata={"sha256": _digest(measured)})
     return measured
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    """A hash of a float32 tensor's shape and values, which safetensors does not check."""
+    return sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode() + tensor.contiguous().numpy().tobytes()).hexdigest()
 
 
 def metrics(

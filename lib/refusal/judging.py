@@ -78,9 +78,8 @@ def phrases(path: str | Path = PHRASES_FILE) -> list[dict[str, str]]:
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False, skip_blank_lines=False)[columns]
     except (OSError, ValueError, KeyError) as error:
-        raise CompendiumError(
-            f"{path} does not hold the columns {', '.join(columns)} ({error}): restore it."
-        ) from error
+        said = " ".join(str(error).split())
+        raise CompendiumError(f"{path} does not hold the columns {', '.join(columns)} ({said}): restore it.") from error
     spelled, plain = table["phrase"].str.contains(" -> "), table.assign(phrase=table["phrase"].map(_plain))
     checks = {
         "a cell is empty: fill it in": (table == "").any(axis=1),

@@ -103,8 +103,8 @@ def _refusing_sentence(text: str, phrase: str) -> str:
     return found if len(found) <= LONGEST_TEXT else ""
 
 
-def _seal(table: pa.Table, described: str) -> bytes:
-    """A hash of all values and the metadata: parquet itself notices a truncation, but not every flipped bit."""
+def seal(table: pa.Table, described: str) -> bytes:
+    """A hash of all values and what describes them: parquet notices a truncation, but not every flipped bit."""
     return sha256_text(described + repr(table.to_pydict())).encode()
 
 
@@ -137,7 +137,7 @@ def write(frame: pd.DataFrame, path: Path, metadata: Mapping[str, Any]) -> None:
             raise CompendiumError(f"{path} cannot be written: it has doubled rows, or text that must not be stored.")
     table = pa.Table.from_pandas(frame[schema.names], schema=schema, preserve_index=False)
     described = json.dumps(dict(metadata), sort_keys=True)
-    table = table.replace_schema_metadata({b"refusal": described.encode(), b"sha256": _seal(table, described)})
+    table = table.replace_schema_metadata({b"refusal": described.encode(), b"sha256": seal(table, described)})
     with atomic(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
 
@@ -158,7 +158,7 @@ def read(path: Path, parameters: Mapping[str, Any] | None = None) -> tuple[pd.Da
         table = pq.read_table(path)
         described = (table.schema.metadata or {})[b"refusal"].decode()
         metadata = json.loads(described)
-        if _seal(table, described) != table.schema.metadata[b"sha256"]:
+        if seal(table, described) != table.schema.metadata[b"sha256"]:
             raise ValueError("flipped bits")
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise CompendiumError(

@@ -107,10 +107,10 @@ def registry() -> dict[str, Entry]:
     Raises:
         CompendiumError: The file or an entry is malformed (names the entry and the field).
     """
-    text = REGISTRY.read_text(encoding="utf-8")
     try:
+        text = REGISTRY.read_text(encoding="utf-8")
         raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise CompendiumError(f"{REGISTRY} is not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(raw, dict):
         raise CompendiumError(f"{REGISTRY} must be a mapping from model ids to entries.")

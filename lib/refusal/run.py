@@ -3,6 +3,7 @@
 ./run_all.sh calls it with its own options, after the environment is made.
 """
 
+import contextlib
 import csv
 import os
 import re
@@ -17,6 +18,7 @@ from pathlib import Path
 import yaml
 
 from refusal.files import ROOT, CompendiumError, atomic, cli
+from refusal.files import _explain as explain
 from refusal.options import DEFAULT_MODEL, Options, notebooks, parse
 from refusal.parameters import defaults, find, read
 
@@ -125,11 +127,26 @@ def failure(out: Path, log: Path) -> str:
         if sentences := [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]:
             return f"{sentences[-1]} (log: {path.relative_to(ROOT)})"
     text = log.read_text(encoding="utf-8", errors="replace")
+    if "older modification time" in text:
+        return "the clock of this machine jumped back while a step ran: run the same command again, which goes on."
     step = re.search(r"Error in rule (\S+?),?:(?:.|\n)*?log: (\S+)", text)
     if step:
         return f"the step {step[1]} failed without saying why: its log is {step[2]}."
     said = [line.strip() for line in text.splitlines() if re.search(r"Error|Exception", line)]
     return f"Snakemake stopped ({said[-1] if said else 'without a word'}): its log is {log.relative_to(ROOT)}."
+
+
+def not_ahead(out: Path) -> None:
+    """Sets files from the future to now: Snakemake fails on inputs that are newer than what is made from them.
+
+    A clock that was ahead, or an archive from a machine whose clock is, leaves such times.
+    """
+    now = time.time()
+    for folder in (*(ROOT / name for name in ("lib", "data", "notebooks", "paper")), out):
+        for path in folder.rglob("*"):
+            with contextlib.suppress(OSError):
+                if path.stat().st_mtime > now:
+                    os.utime(path, (now, now))
 
 
 def run(options: Options, config: dict, folder: Path) -> None:
@@ -141,14 +158,21 @@ def run(options: Options, config: dict, folder: Path) -> None:
     config_file, log = folder / "run.yaml", folder / "logs" / "snakemake.log"
     with atomic(config_file) as path:
         path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    if not options.dry_run:
+        not_ahead(ROOT / config["out"])
     jobs, status = 0, 1
-    for event in follow(command(options, config, config_file), log):
-        kind, _, what = event.partition(": ")
-        if kind == "status":
-            status = int(what)
-        else:
-            jobs += 1
-            print(f"{'would do' if options.dry_run else time.strftime('%H:%M:%S')}  {what}", flush=True)
+    try:
+        for event in follow(command(options, config, config_file), log):
+            kind, _, what = event.partition(": ")
+            if kind == "status":
+                status = int(what)
+            else:
+                jobs += 1
+                print(f"{'would do' if options.dry_run else time.strftime('%H:%M:%S')}  {what}", flush=True)
+    except OSError as error:  # the log cannot be written
+        if (sentence := explain(error, log)) is None:
+            raise
+        raise sentence from error
     if status:
         raise CompendiumError(failure(ROOT / config["out"], log))
     if not jobs:

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from refusal import __version__, analyses, chunks, directions, judging, models, prompts, provenance, records
-from refusal.files import ROOT, CompendiumError, sha256_text
+from refusal.files import ROOT, CompendiumError, sha256_file, sha256_text
 from refusal.steering import MAX_ALPHA, Condition
 
 FIRST = "01_extraction"
@@ -264,16 +264,26 @@ def openings(run: Run) -> pd.DataFrame:
 
 
 def save_directions(run: Run, made: directions.Directions, layer: int, frame: pd.DataFrame) -> None:
-    """Writes a measuring run's directions to `<out>/directions/<model>.safetensors`."""
+    """Writes a measuring run's directions to `<out>/directions/<model>.safetensors`, and their hash to its record."""
     about = {name: run.facts[name] for name in ("weights_sha256", "template_sha256")}
     about |= {"model": run.model, "prompts_sha256": prompts.digest(frame)}
-    directions.save(made, run.source / "directions" / f"{run.model}.safetensors", layer=layer, about=about)
+    path = run.source / "directions" / f"{run.model}.safetensors"
+    directions.save(made, path, layer=layer, about=about)
+    run.about["directions_sha256"] = sha256_file(path)  # safetensors does not notice flipped bits
 
 
 def load_directions(run: Run) -> tuple[directions.Directions, int]:
     """The directions that notebook 01 made for this model, and the selected layer."""
     expect = {name: run.facts[name] for name in ("weights_sha256", "template_sha256")} | {"model": run.model}
     path = run.source / "directions" / f"{run.model}.safetensors"
+    record = records.paths(run.source, run.model, FIRST)[0]
+    if path.is_file() and record.is_file():
+        wanted = records.read(record)[1].get("directions_sha256")  # older records have none
+        if wanted is not None and sha256_file(path) != wanted:
+            raise CompendiumError(
+                f"{path} is not the file that was written with the record of {FIRST}, but damaged or of another run: "
+                f"run notebook {FIRST} for this model again."
+            )
     return directions.load(path, expect=expect, shape=(run.facts["layers"], run.facts["width"]))
 
 

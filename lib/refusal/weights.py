@@ -10,8 +10,10 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from hashlib import sha256
+from hashlib import sha1, sha256
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
 
 from refusal.conversion import CONVERSION, convert, quiet
 from refusal.files import CompendiumError, atomic, progress, sha256_file, sha256_text
@@ -232,19 +234,28 @@ def fetch(model_id: str) -> Path:
 def identity(folder: Path) -> str:
     """The weights' sha256: of the one safetensors file, or of "sha256  name" lines where there are several.
 
-    A hub snapshot's files are links to blobs that are named by their sha256, so they are checked here.
+    A hub snapshot's files are links to blobs that are named by their hashes, so all of them are checked here.
 
     Raises:
         CompendiumError: There are no weights, or a blob is damaged.
     """
     if (record := folder / "provenance.json").is_file():
         return str(json.loads(record.read_text(encoding="utf-8"))["weights_sha256"])
-    digests = {}
-    for path in sorted(folder.glob("model*.safetensors")):
-        digests[path.name] = sha256_file(path)
+    digests = {path.name: sha256_file(path) for path in sorted(folder.glob("model*.safetensors"))}
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
         blob = path.resolve()
-        if len(blob.name) == 64 and blob.name != digests[path.name]:
-            raise _set_aside(blob, "is damaged: its sha256 is not its name")
+        found = digests.get(path.name) or (sha256_file(blob) if len(blob.name) == 64 else "")
+        if len(blob.name) == 40:  # small files are named as git names them
+            data = blob.read_bytes()
+            found = sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+        if len(blob.name) in (40, 64) and found != blob.name:
+            raise _set_aside(blob, "is damaged: its hash is not its name")
+    for name in digests:
+        try:
+            with safe_open(folder / name, framework="pt"):  # reads the header alone
+                pass
+        except SafetensorError as error:
+            raise CompendiumError(f"{folder / name} is no safetensors file ({error}): get it anew.") from error
     if not digests:
         raise CompendiumError(
             f"{folder} holds no safetensors weights: the registry's entry names another kind of model."
