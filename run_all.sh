@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The one entry of the compendium: makes the environment where it is missing, then runs the job graph, the tests or the
-# benchmark, or prints the ledger of claims.
+# The one entry of the compendium: makes the environment where it is missing, then runs the job graph, the tests, the
+# benchmark or the comparison with the committed records, or prints the ledger of claims.
 # `./run_all.sh --help` lists the options. Options are read in lib/refusal/options.py, the run is lib/refusal/run.py.
 set -euo pipefail
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
@@ -128,7 +128,7 @@ if [ "${1:-}" = test ]; then
     [ $# = 1 ] && builds_paper=paper || builds_paper=""
     dry_run=""
 else
-    case ${1:-} in bench | claims) kind=$1 ;; *) kind="" ;; esac
+    case ${1:-} in bench | claims | verify) kind=$1 ;; *) kind="" ;; esac
     case " $* " in *" --help "* | *" -h "*) exec "$BASE" lib/refusal/options.py ${kind:+"$kind"} --help ;; esac
     plan=$("$BASE" lib/refusal/options.py "$@") # ends here with a sentence where an option is wrong
     case $plan in *paper*) builds_paper=paper ;; *) builds_paper="" ;; esac
@@ -159,6 +159,8 @@ elif [ "${1:-}" = bench ]; then
     exec "$PY" -m benchmarks.harness "${@:2}"
 elif [ "${1:-}" = claims ]; then
     exec "$PY" -m refusal.claims "${@:2}"
+elif [ "${1:-}" = verify ]; then
+    exec "$PY" -m refusal.verify "${@:2}"
 else
     exec "$PY" -m refusal.run "$@"
 fi

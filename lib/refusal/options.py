@@ -3,19 +3,22 @@
 import argparse
 import difflib
 import re
-from collections.abc import Sequence
+import secrets
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_MODEL = "qwen2.5-coder-0.5b"
+LEVEL = 90  # percent of labels that `verify` wants to agree with the records; the README states it
 EPILOG = """\
 commands:
   ./run_all.sh [options]  run: weights, notebooks, records, figures and the paper, into build/
-  ./run_all.sh test       the tests, with the same set-up
+  ./run_all.sh test       the tests, with the same set-up; test faults: the fault suite whole, which takes half an hour
   ./run_all.sh bench      the benchmark of the steering engine, into benchmarks/results/; bench --help lists its options
   ./run_all.sh claims     every published claim with its verdict, from the committed records; claims ID shows one whole
+  ./run_all.sh verify     a random sample of the committed completions made again and compared; verify --help says more
 
 The environment lies in .venv; REFUSAL_ENV=active uses the active one (conda) instead. Weights lie in REFUSAL_CACHE,
 or else in ~/.cache/crystallized-safety. A run that was stopped goes on with the same command.
@@ -197,13 +200,50 @@ def parse_claims(arguments: Sequence[str]) -> ClaimsOptions:
     return ClaimsOptions(tuple(given.claims), tuple(given.model), given.records or "")
 
 
+@dataclass(frozen=True)
+class VerifyOptions:
+    """What is compared with the records: how many rows of which model, drawn by which seed, and the share to reach."""
+
+    model: str
+    rows: int
+    seed: int
+    level: float
+
+
+def parse_verify(arguments: Sequence[str]) -> VerifyOptions:
+    """The options of ./run_all.sh verify; a wrong one exits with a sentence."""
+    parser = _Parser(
+        prog="./run_all.sh verify",
+        description="Make a random sample of the committed completions again, and fail where too few labels agree.",
+        epilog="Two to three minutes for the default model on two cores. Row by row in build/verify/.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--model", default=DEFAULT_MODEL, metavar="ID", help=f"a model of data/models.yaml (default: {DEFAULT_MODEL})")
+    add("--rows", type=int, default=240, metavar="N", help="about how many completions (default: 240)")
+    add("--seed", type=int, metavar="N", help="of the sample (default: another one each time; it is printed)")
+    add("--level", type=float, default=LEVEL, metavar="P", help=f"percent that must agree (default: {LEVEL})")
+    given = parser.parse_args(list(arguments))
+    registry = _models()
+    if given.model not in registry:
+        parser.error(f'there is no model "{given.model}": the known ones are {", ".join(registry)}')
+    if given.rows < 1:
+        parser.error(f"--rows {given.rows} is no number of completions: give 1 or more")
+    if not 0 <= given.level <= 100:
+        parser.error(f"--level {given.level:g} is no percentage: give 0 to 100")
+    if given.seed is not None and given.seed < 0:
+        parser.error(f"--seed {given.seed} is no seed: give 0 or more")
+    seed = secrets.randbelow(100_000) if given.seed is None else given.seed
+    return VerifyOptions(given.model, given.rows, seed, given.level / 100)
+
+
 if __name__ == "__main__":
     import sys
 
-    if sys.argv[1:2] == ["bench"]:
-        parse_bench(sys.argv[2:])
-    elif sys.argv[1:2] == ["claims"]:
-        parse_claims(sys.argv[2:])
+    commands: dict[str, Callable[[Sequence[str]], object]]
+    commands = {"bench": parse_bench, "claims": parse_claims, "verify": parse_verify}
+    if sys.argv[1:2] and sys.argv[1] in commands:
+        commands[sys.argv[1]](sys.argv[2:])
     else:
         options = parse(sys.argv[1:])
         print("paper" if options.paper else "", "dry-run" if options.dry_run else "")
