@@ -166,6 +166,7 @@ def test_120_characters_is_the_limit(length):
     assert frame["label"].item() == frame["seed_rule"].item() == "refusal"
     assert len(text) == length
     assert records.redact(frame)["text"].item() == (text if length <= 120 else "")
+    assert len(records.violations(frame)) == (length > 120)
 
 
 def test_a_wrong_phrase_or_none_stores_nothing():
@@ -346,6 +347,22 @@ def test_other_parameters_are_named_with_both_values(record, name, made, wanted)
         f"{path} was made with {name} = {made!r}, not {wanted!r}: use that value, or measure again with mode = "
         "'measure'."
     )
+
+
+def test_a_record_without_parameters_was_made_with_none_of_them(record):
+    path, frame = record
+    records.write(frame, path, {"facts": {}})
+    assert records.read(path)[1] == {"facts": {}}
+    with pytest.raises(CompendiumError, match="was made with rows = None, not 32"):
+        records.read(path, {"rows": 32})
+
+
+def test_where_records_lie(tmp_path):
+    both = records.paths(tmp_path, "tiny", "01_extraction")
+    assert [path.relative_to(tmp_path).as_posix() for path in both] == [
+        "records/tiny/01_extraction.parquet",
+        "records/tiny/01_extraction.metrics.parquet",
+    ]
 
 
 @pytest.mark.parametrize("change", ["fewer", "more", "other type", "other order"])

@@ -1,7 +1,7 @@
-"""Sameness: labels across chunk sizes, numbers of threads and dtypes agree at the rate that the README states.
+"""Sameness: across chunk sizes, numbers of threads and dtypes, rows agree at the rate that the README states.
 
-In float32 with one thread they agree to the letter, on a planted model, whose labels mean something; on a random one,
-whose tokens are decided by a hair, texts part sooner, and so the share of labels is what is promised.
+On a planted model, whose labels mean something, they do to the letter in float32. A random one, whose tokens are
+decided by a hair, has one label for all that it says: there texts are compared, which part sooner than labels do.
 """
 
 import dataclasses
@@ -58,23 +58,27 @@ def labels(root, kind, model, rows, threads=1):
     return found[["label", "text", "n_tokens"]]
 
 
+def agree(one, other, column="text"):
+    return (one[column] == other[column]).mean() >= LEVEL / 100
+
+
 @pytest.mark.parametrize("name", ["planted", "random"])
 def test_across_chunk_sizes(kinds, tmp_path, name):
     kind = kinds[name]
     whole = labels(tmp_path, kind, kind[0], 512)
-    assert name == "random" or set(whole["label"]) == {"refusal", "compliance"}
+    assert whole["text"].nunique() > 1
     for rows in (6, 24):
         found = labels(tmp_path, kind, kind[0], rows)
-        assert (found["label"] == whole["label"]).mean() >= LEVEL / 100
+        assert agree(found, whole)
         if name == "planted":
+            assert set(whole["label"]) == {"refusal", "compliance"}
             pd.testing.assert_frame_equal(found, whole)
 
 
 @pytest.mark.parametrize("name", ["planted", "random"])
 def test_across_threads(kinds, tmp_path, name):
     kind = kinds[name]
-    one, two = (labels(tmp_path, kind, kind[0], 24, threads) for threads in (1, 2))
-    assert (one["label"] == two["label"]).mean() >= LEVEL / 100
+    assert agree(*(labels(tmp_path, kind, kind[0], 24, threads) for threads in (1, 2)))
 
 
 def test_across_dtypes_and_within_bfloat16(kinds, tmp_path):
@@ -83,7 +87,7 @@ def test_across_dtypes_and_within_bfloat16(kinds, tmp_path):
     model = rounded()
     first = labels(tmp_path, kind, model, 24)
     for found in (labels(tmp_path, kind, model, 7), exact):
-        assert (first["label"] == found["label"]).mean() >= LEVEL / 100
+        assert agree(first, found, "label")
 
 
 def test_the_same_command_twice_gives_the_same_rows(kinds, tmp_path):
