@@ -209,7 +209,11 @@ def lay_out(root, family, revision, loud=1.0):
     tokenizer.save_pretrained(plain)
     settings = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, **family.settings}
     (plain / "generation_config.json").write_text(json.dumps(settings))
-    repository = root / f"models--tiny--{family.name}"
+    return place(plain, root / f"models--tiny--{family.name}", revision)
+
+
+def place(plain, repository, revision):
+    """Moves a model's files from a folder to where the hub's client keeps them; returns the snapshot's folder."""
     snapshot = repository / "snapshots" / revision
     for folder in (repository / "blobs", repository / "refs", snapshot):
         folder.mkdir(parents=True)

@@ -6,7 +6,6 @@ them and labels mean something. Every process notes where it connects to, and th
 """
 
 import csv
-import hashlib
 import os
 import random
 import re
@@ -16,6 +15,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import hub
 import pandas as pd
 import planted
 import yaml
@@ -222,19 +222,10 @@ def write_prompts(folder: Path) -> None:
                 table.writerow([prompt_id, f"kind-{number % 4}", cluster, next(source)])
 
 
-def write_model(hub: Path) -> tuple[int, int]:
-    """A planted model as the hub's client keeps it: blobs that are named by their hashes, and links to them."""
-    made = planted.build().model
-    store = hub / "hub" / f"models--nobody--{MODEL}"
-    blobs, snapshot = store / "blobs", store / "snapshots" / REVISION
-    for path in (blobs, snapshot):
-        path.mkdir(parents=True)
-    made.hf.save_pretrained(snapshot)
-    made.tokenizer.save_pretrained(snapshot)
-    for path in sorted(snapshot.iterdir()):
-        data = path.read_bytes()
-        large = path.suffix == ".safetensors"
-        named = hashlib.sha256(data) if large else hashlib.sha1(b"blob %d\0" % len(data) + data)
-        path.replace(blobs / named.hexdigest())
-        path.symlink_to(Path("..", "..", "blobs", named.hexdigest()))
+def write_model(cache: Path) -> tuple[int, int]:
+    """A planted model as the hub's client keeps it."""
+    made, plain = planted.build().model, cache / "plain"
+    made.hf.save_pretrained(plain)
+    made.tokenizer.save_pretrained(plain)
+    hub.place(plain, cache / "hub" / f"models--nobody--{MODEL}", REVISION)
     return made.n_layers, made.width
