@@ -62,7 +62,7 @@ def models(table: pd.DataFrame, levels: pd.DataFrame, names: Sequence[str]) -> F
     for share in ("shared_share", "separate_share"):
         panels[1, 2].axvline(100 * plan()["05_polyhedral_cones"][share], color="0.6", linestyle="--", linewidth=0.8)
     panels[1, 2].set_xlim(left=min(0.0, panels[1, 2].get_xlim()[0]))
-    panels[1, 2].set(title="(f) own minus other categories", xlabel="contrast, % of own effect")
+    panels[1, 2].set(title="(f) own minus others", xlabel="contrast, % of own effect")
     for axes in panels.flat:
         axes.grid(axis="x", color="0.92", linewidth=0.6)
         axes.set_ylim(-0.6, len(names) - 0.4)
@@ -139,6 +139,9 @@ def specification(curve: pd.DataFrame, others: Mapping[str, pd.DataFrame], media
                      markeredgecolor="black", markeredgewidth=0.5, label={"ours": "our choice"}.get(who, "the study's"),
                      zorder=4)  # fmt: skip
     top.set(ylabel="compliance at −α\nminus at +α, points", title="(a) the effect of the sign, by specification")
+    low, high = top.get_ylim()
+    top.set_ylim(low, high + 0.25 * (high - low))  # room for the legend
+    top.set_yticks([tick for tick in top.get_yticks() if low <= tick <= 100])
     top.legend(ncols=3, loc="upper left")
     middle.bar(x, 100 * curve["broken"], width=1.0, color=COLOURS["degenerate"])
     middle.set(ylabel="%", ylim=(0, 105), title="(b) degenerate completions, the worse sign")
