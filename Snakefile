@@ -21,7 +21,7 @@ MADE = expand(OUT + "/notebooks/{model}/{nb}.ipynb", model=MODELS, nb=TARGETS)
 # A change in these executes the notebooks again; what they measure is kept in chunks, and redone only where the change
 # is in what decides tokens.
 RUNNERS = ("appendix", "environment", "estimates", "notebooks", "options", "parameters", "paper", "run", "tex", "verify")
-RUNNERS += ("workload",)
+RUNNERS += ("lab", "site", "site_claims", "site_pages", "workload")
 MODULES = sorted(glob_wildcards("lib/refusal/{name}.py").name)
 CLAIMS = ["data/claims.yaml"] + [f"lib/refusal/{name}.py" for name in MODULES if name.startswith("claim")]  # the ledger
 LIBRARY = [f"lib/refusal/{name}.py" for name in MODULES if name not in RUNNERS and not name.startswith("claim")]

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # The one entry of the compendium: makes the environment where it is missing, then runs the job graph, the tests, the
-# benchmark or the comparison with the committed records, or prints the ledger of claims.
+# benchmark, the site, JupyterLab or the comparison with the committed records, or prints the ledger of claims.
 # `./run_all.sh --help` lists the options. Options are read in lib/refusal/options.py, the run is lib/refusal/run.py.
 set -euo pipefail
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
 unset PYTHONPATH PYTHONHOME # they would let other versions of the pinned packages in
+unset REFUSAL_LAB # refusal.lab sets it: elsewhere figures stand still
 export PYTHONNOUSERSITE=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
 
 TEX_PACKAGES="latexmk texlive-latex-recommended lmodern"
@@ -102,6 +103,31 @@ tex() {
     fi
 }
 
+# What only the site, or only the tests in a browser, need: into the same environment.
+packages() {
+    [ "${REFUSAL_ENV:-}" != active ] || return 0 # refusal.site says what is missing, and such tests are skipped
+    local name wanted
+    for name in "$@"; do
+        wanted=$(cat "requirements-$name.lock" .venv/stamp | sha256sum)
+        [ "$(cat ".venv/stamp-$name" 2>/dev/null)" != "$wanted" ] || continue
+        say "adding the packages of requirements-$name.lock to .venv (once)"
+        logged "$PY" -m pip install --no-deps --require-hashes -r "requirements-$name.lock"
+        printf '%s\n' "$wanted" >".venv/stamp-$name"
+    done
+}
+
+chromium() {
+    local name
+    for name in chromium chromium-browser google-chrome; do
+        command -v "$name" >/dev/null && return
+    done
+    if may_install; then
+        say "installing Chromium from the distribution, for the tests in a browser"
+        install_packages chromium fonts-liberation && return
+    fi
+    say "Chromium is missing: the tests in a browser are skipped; for them, apt-get install chromium."
+}
+
 tests() {
     local failed="" weights
     "$PY" -m refusal.models fetch qwen2.5-coder-0.5b & # the checks of the code need no weights
@@ -127,6 +153,11 @@ if [ "${1:-}" = test ]; then
     [ $# = 1 ] || [ "$*" = "test faults" ] || fail "test takes no options but the word faults."
     [ $# = 1 ] && builds_paper=paper || builds_paper=""
     dry_run=""
+elif [ "${1:-}" = site ]; then
+    [ $# = 1 ] || fail "site takes no options."
+    builds_paper=paper dry_run=""
+elif [ "${1:-}" = lab ]; then
+    builds_paper="" dry_run=""
 else
     case ${1:-} in bench | claims | verify) kind=$1 ;; *) kind="" ;; esac
     case " $* " in *" --help "* | *" -h "*) exec "$BASE" lib/refusal/options.py ${kind:+"$kind"} --help ;; esac
@@ -153,8 +184,18 @@ fi
 environment
 [ -z "$builds_paper" ] || tex
 if [ "${1:-}" = test ]; then
+    if [ $# = 1 ]; then
+        packages site browser
+        chromium
+    fi
     exec 9>&- # the tests start runs of their own
     if [ $# = 1 ]; then tests; else faults; fi
+elif [ "${1:-}" = site ]; then
+    packages site
+    exec "$PY" -m refusal.site
+elif [ "${1:-}" = lab ]; then
+    exec 9>&- # who reads may run
+    exec "$PY" -m refusal.lab "${@:2}"
 elif [ "${1:-}" = bench ]; then
     exec "$PY" -m benchmarks.harness "${@:2}"
 elif [ "${1:-}" = claims ]; then

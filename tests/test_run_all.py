@@ -82,7 +82,7 @@ def copy(tmp_path):
     (folder / "lib" / "refusal" / "paper.py").write_text(STUB_PAPER)
     (folder / "lib" / "refusal" / "readme.py").write_text(STUB_README)
     copied = "run_all.sh Snakefile pyproject.toml requirements.lock data/models.yaml data/analysis_plan.yaml"
-    for name in [*copied.split(), "data/claims.yaml"]:
+    for name in [*copied.split(), "data/claims.yaml", "requirements-site.lock"]:
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     for name in ("data/refusal_phrases.csv", "paper/main.tex", "paper/references.bib"):
@@ -167,6 +167,7 @@ def ran(folder):
         (["tset"], "unrecognized arguments: tset"),
         (["test", "--quick"], "test takes no options"),
         (["claims", "sign-up"], 'no claim "sign-up"'),
+        (["site", "--quick"], "site takes no options"),
     ],
 )
 def test_wrong_option_ends_in_one_sentence_before_anything_is_made(copy, options, said):
@@ -210,8 +211,8 @@ def test_paper_is_built_from_complete_runs_only(options, kind, paper):
 # --- the pins
 
 
-def lock_pins():
-    return dict(re.findall(r"^([A-Za-z0-9._-]+)==([^\s\\;]+)", (ROOT / "requirements.lock").read_text(), re.MULTILINE))
+def lock_pins(name="requirements.lock"):
+    return dict(re.findall(r"^([A-Za-z0-9._-]+)==([^\s\\;]+)", (ROOT / name).read_text(), re.MULTILINE))
 
 
 def test_environment_yml_has_the_pins_of_the_lock_and_nothing_else():
@@ -287,6 +288,27 @@ def test_environment_that_fails_or_was_cut_short_is_made_anew(copy):
     assert "No matching distribution found for x" in broken.stderr and not (copy / ".venv" / "stamp").exists()
     again, done = made_environment(copy)
     assert done.returncode == 0 and again[0] == "-m venv .venv" and again[-1] == "-m refusal.run --quick"
+
+
+def test_packages_of_the_site_are_added_once_and_the_lab_needs_none(copy):
+    steps, done = made_environment(copy, "site")
+    assert done.returncode == 0, done.stderr
+    added = "-m pip install --no-deps --require-hashes -r requirements-site.lock"
+    assert steps[-3:] == ["-m pip check", added, "-m refusal.site"]
+    assert made_environment(copy, "site")[0] == ["-m refusal.site"]
+    with (copy / "requirements-site.lock").open("a") as lock:
+        lock.write("# changed\n")
+    assert made_environment(copy, "lab", "--no-browser", "--port", "1")[0] == ["-m refusal.lab --no-browser --port 1"]
+    assert made_environment(copy, "site")[0] == [added, "-m refusal.site"]
+
+
+def test_locks_of_site_and_browser_hold_what_pyproject_asks_for_and_the_lock_lacks():
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
+    seen = set(lock_pins())
+    for group in ("site", "browser"):
+        pins = set(lock_pins(f"requirements-{group}.lock"))
+        assert set(groups[group]) <= pins and not pins & seen
+        seen |= pins
 
 
 def test_missing_tex_that_may_not_be_installed_is_one_line_and_the_rest_is_done(copy, tmp_path):

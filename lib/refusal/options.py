@@ -16,6 +16,8 @@ EPILOG = """\
 commands:
   ./run_all.sh [options]  run: weights, notebooks, records, figures and the paper, into build/
   ./run_all.sh test       the tests, with the same set-up; test faults: the fault suite whole, which takes half an hour
+  ./run_all.sh site       notebooks, figures and paper as a book of web pages, into build/site/html
+  ./run_all.sh lab        the notebooks in JupyterLab; options of jupyter lab may follow, e.g. --no-browser
   ./run_all.sh bench      the benchmark of the steering engine, into benchmarks/results/; bench --help lists its options
   ./run_all.sh claims     every published claim with its verdict, from the committed records; claims ID shows one whole
   ./run_all.sh verify     a random sample of the committed completions made again and compared; verify --help says more
