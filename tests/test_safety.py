@@ -30,7 +30,7 @@ from refusal.files import ROOT, CompendiumError
 
 CODE = [*sorted((ROOT / "lib").rglob("*.py")), *sorted((ROOT / "benchmarks").rglob("*.py"))]
 # Modules and functions that run what a file holds, or write where an archive says.
-NEVER_IMPORTED = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "tarfile"}
+NEVER_IMPORTED = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 NEVER_CALLED = {
     "torch.load", "torch.save", "numpy.load", "np.load", "pd.read_pickle", "pandas.read_pickle", "yaml.load",
     "yaml.unsafe_load", "yaml.full_load", "os.system", "os.popen", "eval", "exec", "compile", "__import__",
@@ -58,6 +58,8 @@ def dangers(source):
         if isinstance(node, ast.Call):
             called = dotted(node.func)
             found += [called] if called in NEVER_CALLED or called.split(".")[-1] in UNPACKS else []
+            writes = any(word.arg == "mode" and getattr(word.value, "value", "") == "w" for word in node.keywords)
+            found += [called] if called == "tarfile.open" and not writes else []  # archives are made, never read
             for word in node.keywords:
                 true = isinstance(word.value, ast.Constant) and word.value.value is True
                 if true and word.arg in ("trust_remote_code", "shell", "allow_pickle", "weights_only_false"):
@@ -77,6 +79,8 @@ def test_the_library_runs_nothing_that_a_file_holds(path):
         ("from joblib import load", ["import joblib"]),
         ("import urllib.request", ["import urllib.request"]),
         ("x = torch.load(p)", ["torch.load"]),
+        ("tarfile.open(p)", ["tarfile.open"]),
+        ("tarfile.open(p, mode='r:*')", ["tarfile.open"]),
         ("zipfile.ZipFile(p).extractall(q)", ["?.extractall"]),
         ("AutoModel.from_pretrained(p, trust_remote_code=True)", ["AutoModel.from_pretrained(trust_remote_code=True)"]),
         ("subprocess.run(c, shell=True)", ["subprocess.run(shell=True)"]),

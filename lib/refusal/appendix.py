@@ -50,8 +50,8 @@ def study_sign(root: Path, models: Sequence[str]) -> pd.DataFrame:
         found = analyses.seed_rule_rates(layout).set_index("condition")
         cells = {"baseline": _rate(*found.loc["baseline", ["rate", "low", "high"]]), "inverted_plus": "as standard −α"}
         for name, condition in OURS.items():
-            pairs = statistics.pair(layout, condition, "baseline", "jailbreak")
-            p = statistics.paired(*pairs, analyses.plan()["confidence"]).p
+            first, second, clusters = statistics.pair(layout, condition, "baseline", "jailbreak")
+            p = statistics.paired(first, second, clusters).p
             cells[name] = f"{_rate(*found.loc[condition, ['rate', 'low', 'high']])}; {p_equals(p)}"
         rows.append([f"{people(model)}, ours", *(cells[name] for name in COLUMNS)])
     return pd.DataFrame(rows, columns=["model", *COLUMNS.values()])

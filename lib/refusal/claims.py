@@ -131,8 +131,8 @@ def sentence(table: pd.DataFrame, model: str) -> str:
     of = counts(table)
     return (
         f"On {people(model)}, {of[REPLICATED]} of {len(table)} claims are replicated, {of[CONTRADICTED]} contradicted "
-        f"and {of[INCONCLUSIVE]} inconclusive; {of[NOT_TESTABLE]} cannot be tested here, and {of[NOT_MEASURED]} are "
-        "not measured yet."
+        f"and {of[INCONCLUSIVE]} inconclusive; {of[NOT_TESTABLE]} cannot be tested here; not measured yet: "
+        f"{of[NOT_MEASURED]}."
     )
 
 
