@@ -152,10 +152,12 @@ def test_another_revision_is_not_taken_for_the_pinned_one(cache, tmp_path, monke
 # ---- what the architectures have of their own
 
 
-def test_gemma_2_is_computed_with_its_caps_and_no_system_turn(tiny_registry, cache):
+def test_gemma_2_is_computed_with_its_caps_and_no_system_turn(cache, monkeypatch):
     """Torch's fused attention knows no cap on its scores, so that it must not be taken for this architecture."""
     family = hub.GEMMA2
-    model, plain = models.load("tiny-gemma2", "float32"), hub.Twin(cache[1]["gemma2"], family)
+    plain = hub.Twin(cache[1]["gemma2"], family)  # which reads the compendium's registry
+    monkeypatch.setattr(registry, "REGISTRY", cache[0] / "models.yaml")
+    model = models.load("tiny-gemma2", "float32")
     assert model.hf.config._attn_implementation == "eager"
     ids = plain.ids(PROMPTS[1])
     whole = plain.hf(ids).logits

@@ -161,7 +161,7 @@ def test_figures_of_the_first_model_are_copied(project):
         path.write_text(name)
     paper.generate(project / "records", project, project / "figures")
     used = set(tex.FIGURE.findall((project / "paper" / "main.tex").read_text("utf-8")))
-    assert {path.stem for path in (project / "paper" / "figures").iterdir()} == used < set(FIGURES)
+    assert {path.stem for path in (project / "paper" / "figures").iterdir()} == used <= set(FIGURES)
     (project / "figures" / DEFAULT / "fig_sign.pdf").unlink()
     with pytest.raises(CompendiumError, match="run the notebook 03_sign_inversion"):
         paper.generate(project / "records", project, project / "figures")
