@@ -1,6 +1,7 @@
 """The analyses that a notebook shows and the paper prints: tables of numbers, made in one place, from records only."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -21,6 +22,16 @@ def plan() -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         said = " ".join(str(error).split())
         raise CompendiumError(f"{path} is damaged ({said}): restore it with git.") from error
+
+
+def in_words(rules: Mapping[str, str], *names: str) -> str:
+    """Rules of the plan as one text, e.g. "replicated, if ...; contradicted, if ...".
+
+    Args:
+        rules: What each verdict asks for.
+        names: The verdicts, in order; by default all.
+    """
+    return "; ".join(f"{name}, if {' '.join(rules[name].split())}" for name in names or rules)
 
 
 def rates(frame: pd.DataFrame) -> pd.DataFrame:

@@ -127,7 +127,7 @@ def across(ledger: Mapping[str, pd.DataFrame]) -> dict[str, str]:
 
 
 def tables(root: Path, models: Sequence[str]) -> dict[str, pd.DataFrame]:
-    """The appendices' tables by name; what has no record yet is left out.
+    """The appendices' tables by name; a model without the record of signs is left out of that table.
 
     Args:
         root: The folder with a folder of records for each model.

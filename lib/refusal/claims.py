@@ -25,9 +25,9 @@ from refusal.claim_file import Claim, Ledger
 from refusal.claim_tests import TESTS
 from refusal.files import ROOT, CompendiumError, cli
 from refusal.options import DEFAULT_MODEL, parse_claims
+from refusal.records import COMMITTED
 from refusal.wording import people
 
-RECORDS = ROOT / "data" / "records"
 MODEL_FREE = ("published_jump", "published_rate", "published_p")  # of published counts: no record of a model
 
 
@@ -249,7 +249,7 @@ def report(tables: Mapping[str, pd.DataFrame]) -> str:
 def main(arguments: Sequence[str]) -> int:
     """Prints the ledger of the committed records, or what there is on single claims."""
     options, ledger = parse_claims(arguments), claim_file.read()
-    records = Path(options.records) if options.records else RECORDS
+    records = Path(options.records) if options.records else COMMITTED
     tables = all_verdicts(records, options.models or measured(records))
     chosen = [ledger.claim(name) for name in options.claims]
     pages = [page(claim, ledger.rules.get(claim.test, ""), tables) for claim in chosen]

@@ -148,10 +148,6 @@ def _detectable(n: int, base: float) -> str:
     )
 
 
-def _rule_in_words() -> str:
-    return "; ".join(f"{one}, if {' '.join(rule()['verdict'][one].split())}" for one in ("replicated", "contradicted"))
-
-
 def numbers(frame: pd.DataFrame, metrics: pd.DataFrame | None, about: Mapping[str, Any]) -> dict[str, str]:
     """Formatted numbers of notebook 04, by macro name; the study's own follow.
 
@@ -212,7 +208,7 @@ def numbers(frame: pd.DataFrame, metrics: pd.DataFrame | None, about: Mapping[st
         "ThresholdResolution": _resolution(found),
         "ThresholdDetectable": _detectable(int(found["n"].iloc[0]), float(base.loc["compliance", "rate"])),
         "ThresholdVerdict": verdict(found),
-        "ThresholdRule": _rule_in_words(),
+        "ThresholdRule": analyses.in_words(rule()["verdict"], "replicated", "contradicted"),
     } | collapse_study.numbers()  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from refusal import cone_effects, cone_prose, cone_study, cone_tables
+from refusal.analyses import in_words
 from refusal.cone_effects import rule
 from refusal.cone_prose import interval_of, median, number, with_interval
 from refusal.wording import p_value, percent, points
@@ -172,7 +173,7 @@ def _causes(
         "ConesRandoms": str(drawn["random"]),
         "ConesRandomLargest": f"{limit:.2f}",
         "ConesVerdict": verdict,
-        "ConesRule": "; ".join(f"{name}, if {' '.join(text.split())}" for name, text in rule()["verdict"].items()),
+        "ConesRule": in_words(rule()["verdict"]),
         "ConesConclusion": cone_prose.conclusion(verdict, found, limit),
         "ConesCombinations": str(len(mixed)),
         "ConesCombinationsBeyond": f"{'all' if holds else int((mixed > limit).sum())}",

@@ -15,13 +15,12 @@ from typing import Any
 
 import torch
 
-from refusal import chunks, models, provenance
-from refusal.files import ROOT
+from refusal import chunks, models, provenance, records
 from refusal.registry import Entry, entry
 from refusal.runs import FIRST
 from refusal.workload import parameters, record_of, work
 
-RECORDS = ROOT / "data" / "records"
+RECORDS = records.COMMITTED
 ROWS, NEW_TOKENS = 384, 48  # the notebooks' defaults
 PYTHON_S = 1.5e-3  # a block and pass, however few its rows: the tiny models of the tests take 1 to 4 ms
 

@@ -19,7 +19,8 @@ class CompendiumError(Exception):
     """Bad input. The message is one sentence: what is wrong, where, and what to do."""
 
 
-def _explain(error: Exception, path: Path) -> CompendiumError | None:
+def explain(error: Exception, path: Path) -> CompendiumError | None:
+    """A sentence on an error of writing to a path; None where it has another cause than the system."""
     found = re.search(r"\(os error (\d+)\)", str(error))  # how safetensors passes on the system's errors
     code = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
     if code in (errno.ENOSPC, errno.EDQUOT):
@@ -58,7 +59,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
         temporary.chmod(0o644)
         temporary.replace(path)
     except Exception as error:
-        explained = _explain(error, path)
+        explained = explain(error, path)
         if explained is None:
             raise
         raise explained from error

@@ -30,10 +30,10 @@ from refusal import (
     window_answers,
     windows,
 )
-from refusal.files import ROOT, CompendiumError
+from refusal.files import CompendiumError
 from refusal.statistics import Interval
 
-RECORDS = ROOT / "data" / "records"
+RECORDS = records.COMMITTED
 UNITS = ("alpha", "alpha_relative", "alpha_absolute")
 NOTHING = Interval(math.nan, math.nan)
 

@@ -60,6 +60,19 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message.rstrip('.')}; {self.prog} --help lists the options.\n")
 
+    def add_model(self) -> None:
+        """The option of commands that take one model."""
+        said = f"a model of data/models.yaml (default: {DEFAULT_MODEL})"
+        self.add_argument("--model", default=DEFAULT_MODEL, metavar="ID", help=said)
+
+    def check_models(self, given: Sequence[str]) -> dict[str, str]:
+        """The registry; a model that it lacks exits with a sentence."""
+        registry = _models()
+        for model in given:
+            if model not in registry:
+                self.error(f'there is no model "{model}": the known ones are {", ".join(registry)}')
+        return registry
+
 
 def _models() -> dict[str, str]:
     """The ids in data/models.yaml with their source. `refusal.registry` reads the file in earnest, with PyYAML."""
@@ -94,10 +107,7 @@ def parse(arguments: Sequence[str]) -> Options:
     add("--publish", action="store_true", help="afterwards make the results the committed ones")
     given = parser.parse_args(list(arguments))
 
-    registry = _models()
-    for model in given.model:
-        if model != "all" and model not in registry:
-            parser.error(f'there is no model "{model}": the known ones are {", ".join(registry)}')
+    registry = parser.check_models([model for model in given.model if model != "all"])
     chosen = {name for name, source in registry.items() if "all" in given.model and source == "wheels"}
     chosen |= set(given.model) - {"all"} or ({DEFAULT_MODEL} if not chosen else set())
     known, only = notebooks(), []
@@ -151,14 +161,12 @@ def parse_bench(arguments: Sequence[str]) -> BenchOptions:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--model", default=DEFAULT_MODEL, metavar="ID", help=f"a model of data/models.yaml (default: {DEFAULT_MODEL})")
+    parser.add_model()
     add("--minutes", type=float, default=60, metavar="N", help="leave out stages that would end later (default: 60)")
     add("--long", action="store_true", help="the scaling table's cells of up to 6,144 rows as well")
     add("--fresh", action="store_true", help="measure everything anew")
     given = parser.parse_args(list(arguments))
-    registry = _models()
-    if given.model not in registry:
-        parser.error(f'there is no model "{given.model}": the known ones are {", ".join(registry)}')
+    parser.check_models([given.model])
     if not given.minutes > 0:
         parser.error(f"--minutes {given.minutes:g} is no time: give more than 0")
     return BenchOptions(given.model, given.minutes, given.long, given.fresh)
@@ -186,10 +194,7 @@ def parse_claims(arguments: Sequence[str]) -> ClaimsOptions:
     add("--model", action="append", default=[], metavar="ID", help="a model of data/models.yaml; repeatable")
     add("--records", metavar="DIR", help="a folder with a folder of records a model (default: data/records)")
     given = parser.parse_args(list(arguments))
-    registry = _models()
-    for model in given.model:
-        if model not in registry:
-            parser.error(f'there is no model "{model}": the known ones are {", ".join(registry)}')
+    parser.check_models(given.model)
     text = (ROOT / "data" / "claims.yaml").read_text(encoding="utf-8")
     known = re.findall(r"^  - id: (\S+)", text, re.MULTILINE)
     for claim in given.claims:
@@ -217,18 +222,16 @@ def parse_verify(arguments: Sequence[str]) -> VerifyOptions:
     parser = _Parser(
         prog="./run_all.sh verify",
         description="Make a random sample of the committed completions again, and fail where too few labels agree.",
-        epilog="Two to three minutes for the default model on two cores. Row by row in build/verify/.",
+        epilog="Three to four minutes for the default model on two cores. Row by row in build/verify/.",
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--model", default=DEFAULT_MODEL, metavar="ID", help=f"a model of data/models.yaml (default: {DEFAULT_MODEL})")
+    parser.add_model()
     add("--rows", type=int, default=240, metavar="N", help="about how many completions (default: 240)")
     add("--seed", type=int, metavar="N", help="of the sample (default: another one each time; it is printed)")
     add("--level", type=float, default=LEVEL, metavar="P", help=f"percent that must agree (default: {LEVEL})")
     given = parser.parse_args(list(arguments))
-    registry = _models()
-    if given.model not in registry:
-        parser.error(f'there is no model "{given.model}": the known ones are {", ".join(registry)}')
+    parser.check_models([given.model])
     if given.rows < 1:
         parser.error(f"--rows {given.rows} is no number of completions: give 1 or more")
     if not 0 <= given.level <= 100:

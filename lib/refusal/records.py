@@ -10,9 +10,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from refusal.files import CompendiumError, atomic, sha256_text
+from refusal.files import ROOT, CompendiumError, atomic, sha256_text
 from refusal.judging import refusing_phrase
 
+COMMITTED = ROOT / "data" / "records"  # a folder of records for each model
 LONGEST_TEXT = 120
 
 COMPLETIONS = pa.schema(

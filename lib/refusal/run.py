@@ -17,8 +17,7 @@ from pathlib import Path
 
 import yaml
 
-from refusal.files import ROOT, CompendiumError, atomic, cli
-from refusal.files import _explain as explain
+from refusal.files import ROOT, CompendiumError, atomic, cli, explain
 from refusal.options import DEFAULT_MODEL, Options, notebooks, parse
 from refusal.parameters import defaults, find, read
 

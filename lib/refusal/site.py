@@ -17,9 +17,10 @@ from pathlib import Path
 import nbformat
 import yaml
 
-from refusal import claim_file, claims, site_claims, site_pages
+from refusal import claim_file, claims, readme, site_claims, site_pages
 from refusal.files import ROOT, CompendiumError, cli
 from refusal.options import notebooks
+from refusal.records import COMMITTED
 
 BOOK = ROOT / "book"
 COPIED = {  # what the pages link, as it is in git
@@ -51,13 +52,13 @@ def alternatives() -> Mapping[str, str]:
 def _results() -> str:
     """The results table of the README, which is made from the records."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    return text.partition("<!-- results:")[2].partition("-->")[2].partition("<!-- /results -->")[0].strip()
+    return text.partition(readme.BEGIN)[2].partition(readme.END)[0].strip()
 
 
 def _claims(files: Path, placed: set[str]) -> str:
     """The page of claims, with the verdicts on all models that have records."""
-    records, ledger = ROOT / "data" / "records", claim_file.read()
-    tables = claims.all_verdicts(records, claims.measured(records))
+    ledger = claim_file.read()
+    tables = claims.all_verdicts(COMMITTED, claims.measured(COMMITTED))
     about = {claim.id: {"behind": claim.behind, "replicated": claim.replicated} for claim in ledger.claims}
     return site_claims.claims_page(tables, ledger.documents, about, files, placed)
 
@@ -124,9 +125,8 @@ def paper(out: Path) -> Path | None:
         return None
     from refusal import paper as made
 
-    records = ROOT / "data" / "records"
-    made.generate(records, out, ROOT / "figures")
-    return made.pdf(out, records)
+    made.generate(COMMITTED, out, ROOT / "figures")
+    return made.pdf(out, COMMITTED)
 
 
 def build(out: Path, pdf: Path | None = None) -> Path:

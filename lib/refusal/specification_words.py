@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from refusal import specification
-from refusal.analyses import plan
+from refusal.analyses import in_words, plan
 from refusal.specification import FACTORS, Arm
 from refusal.specification_runs import layers, rule
 from refusal.statistics import Interval
@@ -74,8 +74,7 @@ def _doses() -> dict[str, float]:
 
 def rule_in_words(which: str) -> str:
     """A rule of the plan's section, by its key there."""
-    said = {one: text for one, text in rule()[which].items() if one != "inconclusive"}
-    return "; ".join(f"{one}, if {' '.join(text.split())}" for one, text in said.items())
+    return in_words(rule()[which], *(one for one in rule()[which] if one != "inconclusive"))
 
 
 def _one(rows: pd.DataFrame) -> str:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from refusal import control_rates, controls, statistics
-from refusal.analyses import plan
+from refusal.analyses import in_words, plan
 from refusal.control_rates import HARMFUL, HARMLESS
 from refusal.control_screens import FAMILIES, LIMIT, MATCHED, TOLERANCE, family_of
 from refusal.statistics import Interval
@@ -216,7 +216,7 @@ def numbers(frame: pd.DataFrame, metrics: pd.DataFrame, about: Mapping[str, Any]
         "ControlsBalancedP": p_value(more.loc[("shuffled within classes", "balanced"), "p"]),
         "ControlsLargestHolm": p_value(test["p_holm"].max()),
         "ControlsVerdict": verdict(test),
-        "ControlsRule": "special, if " + " ".join(plan()[NOTEBOOK]["verdict"]["special"].split()),
+        "ControlsRule": in_words(plan()[NOTEBOOK]["verdict"], "special"),
         "ControlsConclusion": _conclusion(test),
     }
     completions = control_rates.rate_numbers(frame) | control_rates.study_numbers()

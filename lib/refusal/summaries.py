@@ -30,6 +30,7 @@ from refusal.analyses import (
     by_layer,
     comparisons,
     effect,
+    in_words,
     plan,
     rates,
     screen_means,
@@ -203,7 +204,7 @@ def sign_numbers(frame: pd.DataFrame) -> dict[str, str]:
     return numbers | {
         "SignFamily": str(len(tests)),
         "SignVerdict": verdict,
-        "SignRule": _rule(),
+        "SignRule": in_words(plan()["03_sign_inversion"]["verdict"], "replicated"),
         "SignConclusion": _conclusion(numbers, verdict),
         "PowerSentence": _power(lookup.loc[("harmful_evaluation", "baseline", "refusal")]),
         "StudyLayoutPlusP": p_value(tests.loc["study_plus", "p"]),
@@ -240,12 +241,9 @@ def sign_prose(frame: pd.DataFrame) -> str:
     )
     base = shares[(shares["prompt_set"] == tests.loc["plus", "prompt_set"]) & (shares["condition"] == "baseline")]
     lines.append(f"- {_power(base[base['label'] == 'refusal'].iloc[0])}")
-    lines.append(f"\n**Verdict by the plan's rule: {sign_verdict(tests, shares)}.** The rule: {_rule()}.")
+    rule = in_words(plan()["03_sign_inversion"]["verdict"], "replicated")
+    lines.append(f"\n**Verdict by the plan's rule: {sign_verdict(tests, shares)}.** The rule: {rule}.")
     return "\n".join(lines)
-
-
-def _rule() -> str:
-    return "replicated, if " + " ".join(plan()["03_sign_inversion"]["verdict"]["replicated"].split())
 
 
 def _conclusion(numbers: Mapping[str, str], verdict: str) -> str:

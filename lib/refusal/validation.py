@@ -15,13 +15,13 @@ import pandas as pd
 from refusal import agreement, lengths, records, runs
 from refusal.agreement import ALL, JUDGES, OTHERS
 from refusal.analyses import plan
-from refusal.files import ROOT, sha256_file
+from refusal.files import sha256_file
 from refusal.readers import NOTEBOOK, ROW, RULES_FILE, items, keyword_rules, refuses
 from refusal.runs import Run
 from refusal.statistics import Interval
 from refusal.wording import people, span
 
-RECORDS = ROOT / "data" / "records"
+RECORDS = records.COMMITTED
 MACROS = {"seed_rule": "Seed", "gcg": "Gcg", "arditi": "Arditi"}
 HEADLINES = {
     "LabelsKappa": "kappa of the labels with readers, all models",

@@ -16,8 +16,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from refusal.conversion import CONVERSION, convert, quiet
-from refusal.files import CompendiumError, atomic, progress, sha256_file, sha256_text
-from refusal.files import _explain as explain
+from refusal.files import CompendiumError, atomic, explain, progress, sha256_file, sha256_text
 from refusal.registry import Entry, entry
 
 _BLOCK = 1 << 20

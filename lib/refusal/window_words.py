@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from refusal import statistics, window_costs, window_formats, window_pilot, windows
-from refusal.analyses import plan
+from refusal.analyses import in_words, plan
 from refusal.statistics import Interval
 from refusal.window_answers import UNITS, Answers, answers, signed
 from refusal.window_runs import FIRST, LAST, rule, third
@@ -142,11 +142,6 @@ def _ceiling(found: Found) -> str:
     return f"{room}."
 
 
-def _rule_in_words() -> str:
-    said = rule()["verdict"]
-    return "; ".join(f"{one}, if {' '.join(said[one].split())}" for one in ("contradicted", "replicated"))
-
-
 def _number(table: pd.DataFrame, variant: str, measure: str, alpha: float) -> str:
     """KL or NLL at any alpha, with its interval, on straight lines between the doses that have one."""
     rows = table[(table["variant"] == variant) & (table["measure"] == measure)].dropna(subset=["value"])
@@ -236,7 +231,7 @@ def numbers(frame: pd.DataFrame, metrics: pd.DataFrame, about: Mapping[str, Any]
         named
         | {
             "WindowCeiling": _ceiling(found),
-            "WindowRule": _rule_in_words(),
+            "WindowRule": in_words(rule()["verdict"], "contradicted", "replicated"),
             "WindowNllBase": _number(table, "one", "nll", 0.0),
         }
         | window_costs.numbers(frame)
