@@ -1,21 +1,36 @@
 """The README says what the records say, and names only what exists."""
 
 import re
+import shutil
+from pathlib import Path
 
-from refusal import options, readme, summaries
+from refusal import claims, options, readme
 from refusal.files import ROOT
+from refusal.records import COMMITTED as RECORDS
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_results_come_from_the_records() -> None:
     inside = TEXT.split(readme.BEGIN)[1].split(readme.END)[0].strip()
-    assert inside == readme.table(ROOT / "data" / "records", summaries.DEFAULT_MODEL), "run ./run_all.sh --publish"
+    assert inside == readme.table(RECORDS, claims.measured(RECORDS)), "run ./run_all.sh --publish"
+
+
+def test_a_model_without_a_notebook_is_said_not_to_have_been_measured(tmp_path: Path) -> None:
+    model, other = readme.summaries.DEFAULT_MODEL, "qwen2.5-coder-1.5b"
+    shutil.copytree(RECORDS / model, tmp_path / model)
+    shutil.copytree(RECORDS / model, tmp_path / other, ignore=shutil.ignore_patterns("04*"))
+    cells = {
+        line.split(" | ")[0]: line.split(" | ")[1:3] for line in readme.table(tmp_path, [model, other]).split("\n")
+    }
+    by_rule = next(row for what, row in cells.items() if "collapse of safety" in what)
+    assert by_rule[0] != by_rule[1] == "not measured yet"
+    assert sum("not measured yet" in row for row in cells.values()) == 1
 
 
 def test_the_ledger_comes_from_the_records() -> None:
     inside = TEXT.split(readme.CLAIMS_BEGIN)[1].split(readme.CLAIMS_END)[0].strip()
-    assert inside == readme.ledger(ROOT / "data" / "records"), "run ./run_all.sh --publish"
+    assert inside == readme.ledger(RECORDS), "run ./run_all.sh --publish"
 
 
 def test_links_resolve() -> None:

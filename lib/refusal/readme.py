@@ -1,5 +1,6 @@
 """The README's table of results and its ledger of claims, from the committed records, so that no number is typed."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from refusal import claims, summaries
@@ -42,19 +43,29 @@ ROWS = (
 )  # fmt: skip
 
 
-def table(records: Path, model: str) -> str:
-    """The results table as Markdown.
+def table(records: Path, models: Sequence[str]) -> str:
+    """The results table as Markdown, a column for each model.
 
     Args:
         records: The folder with a folder of records for each model.
-        model: Registry id.
+        models: Registry ids. The first one's numbers, of draws or cells, are in the descriptions of the rows.
     """
-    values = summaries.numbers(records, model)
-    lines = [f"| {values['ModelName']} | measured | command |", "| --- | --- | --- |"]
+    values = [summaries.numbers(records, model) for model in models]
+    lines = [
+        f"| measured | {' | '.join(one['ModelName'] for one in values)} | command |",
+        f"| --- | {'--- | ' * len(values)}--- |",
+    ]
     for what, result, notebook in ROWS:
-        cells = (what.format(**values), result.format(**values), f"`./run_all.sh --only {notebook}`")
-        lines.append(f"| {' | '.join(cells)} |")
+        cells = [_cell(result, one) for one in values]
+        lines.append(f"| {what.format(**values[0])} | {' | '.join(cells)} | `./run_all.sh --only {notebook}` |")
     return "\n".join(lines)
+
+
+def _cell(result: str, values: Mapping[str, str]) -> str:
+    try:
+        return result.format(**values)
+    except KeyError:  # a notebook that this model has no record of
+        return "not measured yet"
 
 
 def ledger(records: Path) -> str:
@@ -63,7 +74,7 @@ def ledger(records: Path) -> str:
 
 
 def refresh(path: Path, records: Path) -> None:
-    """Puts the table of the default model and the ledger into a README, each between its two markers.
+    """Puts the table of results and the ledger, of all models with records, into a README, each between its markers.
 
     Raises:
         CompendiumError: The markers are missing.
@@ -72,7 +83,7 @@ def refresh(path: Path, records: Path) -> None:
     for begin, end in ((BEGIN, END), (CLAIMS_BEGIN, CLAIMS_END)):
         if text.count(begin) != 1 or text.count(end) != 1:
             raise CompendiumError(f"{path} must hold the lines {begin!r} and {end!r} once each.")
-    parts = {(BEGIN, END): table(records, summaries.DEFAULT_MODEL), (CLAIMS_BEGIN, CLAIMS_END): ledger(records)}
+    parts = {(BEGIN, END): table(records, claims.measured(records)), (CLAIMS_BEGIN, CLAIMS_END): ledger(records)}
     for (begin, end), made in parts.items():
         before, after = text.partition(begin)[0], text.partition(end)[2]
         text = f"{before}{begin}\n{made}\n{end}{after}"
