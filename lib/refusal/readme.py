@@ -9,8 +9,8 @@ from refusal.files import CompendiumError, atomic
 BEGIN, END = "<!-- results: written by ./run_all.sh --publish -->", "<!-- /results -->"
 CLAIMS_BEGIN, CLAIMS_END = "<!-- claims: written by ./run_all.sh --publish -->", "<!-- /claims -->"
 ROWS = (
-    ("agreement of the labels with readers (kappa), text not used for writing the rules",
-     "{LabelsKappa} {LabelsKappaInterval}; the study's rule {LabelsSeedKappa}", "00"),
+    ("agreement of the labels with readers (kappa), text not used for writing the rules: this model's; all models'",
+     "{LabelsKappaOwn}; {LabelsKappa} {LabelsKappaInterval} (the study's rule {LabelsSeedKappa})", "00"),
     ("AUROC of held-out harmful and harmless prompts", "{SelectedAuroc} at layer {SelectedLayer}", "01"),
     ("cosine of a direction from {PairsStudy} pairs with the one from all prompts",
      "{PairsStudyCosine} {PairsStudyCosineInterval}", "01"),
