@@ -245,10 +245,10 @@ def test_each_figure_leads_to_its_cell_its_data_and_its_record(html, soups):
 @pytest.mark.slow
 def test_the_first_page_shows_the_results_of_the_readme(soups):
     shown = " ".join(soups["index.html"].find("article").get_text().split())
-    rows = re.findall(r"^\| (.+?) \| (.+?) \| `(.+?)` \|$", site._results(), re.MULTILINE)
+    rows = re.findall(r"^\| (.+) \|$", site._results(), re.MULTILINE)
     assert len(rows) > 5
-    for row in rows:
-        for cell in row:
+    for row in rows[:1] + rows[2:]:  # without the line below the head
+        for cell in row.split(" | "):
             assert re.sub(r"[*`]", "", cell) in shown
 
 
