@@ -61,6 +61,7 @@ def main(words):
         print("all equal" if pathlib.Path(given["--built"], "numbers.tex").exists() else "nothing")
     elif words[0] == "numbers":
         generate(pathlib.Path(given["--records"]), pathlib.Path(given["--out"]))
+        print(*(value for name, value in zip(words, words[1:]) if name == "--model"))
     else:
         pathlib.Path(given["--out"], "paper.pdf").write_text("%PDF")
 if __name__ == "__main__":
@@ -436,8 +437,11 @@ def test_replay_needs_no_weights_and_publish_makes_results_the_committed_ones(co
     ran(copy)
 
     shutil.rmtree(copy / ".snakemake")
+    shutil.copytree(copy / "data" / "records" / MODEL, copy / "data" / "records" / "smollm2-135m")
     said = succeeds(copy, "--replay")
     assert "weights" not in said and {line.split()[2] for line in ran(copy)} == {"replay"}
+    paper_of = (copy / "build" / "replay" / "logs" / "numbers.log").read_text().split()
+    assert paper_of == [MODEL, "smollm2-135m"], "the paper of a replay has every committed model"
     assert (copy / "build" / "replay" / "paper.pdf").exists()
     assert not (copy / "build" / "replay" / "records").exists()
 
