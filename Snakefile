@@ -8,10 +8,7 @@ from pathlib import Path
 OUT = config.get("out", "build")
 MEASURE = config.get("mode", "measure") == "measure"  # else replay: from the committed records
 MODELS = config.get("models", ["qwen2.5-coder-0.5b"])
-# The paper of a replay has every committed model beside the default one, as paper/generated/ has.
-BESIDE = [] if MEASURE or "qwen2.5-coder-0.5b" not in MODELS else sorted(
-    {path.parent.name for path in Path("data/records").glob("*/*.parquet")} - set(MODELS)
-)
+BESIDE = config.get("beside", [])  # models that a replay leaves as they are, and its paper has
 NOTEBOOKS = sorted(glob_wildcards("notebooks/{nb,[0-9][0-9]_[a-z0-9_]+}.ipynb").nb)
 TARGETS = config.get("notebooks") or NOTEBOOKS
 FIRST = "01_extraction"  # makes the directions that the others use
@@ -99,7 +96,7 @@ for nb in NOTEBOOKS:
 
 
 rule numbers:
-    input: MADE, SHARED, CLAIMS, "lib/refusal/appendix.py", "lib/refusal/paper.py", "lib/refusal/tex.py", "paper/main.tex", expand(RECORDS, model=MODELS, nb=TARGETS), [str(path) for model in BESIDE for path in sorted(Path("data/records", model).glob("*.parquet"))]
+    input: MADE, SHARED, CLAIMS, "lib/refusal/appendix.py", "lib/refusal/paper.py", "lib/refusal/tex.py", "paper/main.tex", expand(RECORDS, model=MODELS, nb=TARGETS), [str(path) for model in BESIDE for path in Path("data/records", model).glob("*.parquet")]
     output: OUT + "/paper/generated/numbers.tex"
     log: OUT + "/logs/numbers.log"
     benchmark: OUT + "/logs/numbers.tsv"

@@ -47,14 +47,19 @@ def configure(options: Options) -> dict:
         chosen = [name for name in chosen if "prompts_file" in known[name]]
         if not chosen:
             raise CompendiumError(f"{', '.join(options.only)} takes no prompts of your own: leave --only out.")
+    beside: list[str] = []
     if options.kind == "replay":
         for model in options.models:
             if not any((ROOT / "data" / "records" / model).glob("*.parquet")):
                 raise CompendiumError(f"there are no committed records of {model}: leave --replay out to measure it.")
+        if DEFAULT_MODEL in options.models:  # then the paper is the committed one, which has all models
+            committed = {path.parent.name for path in (ROOT / "data" / "records").glob("*/*.parquet")}
+            beside = sorted(committed - set(options.models))
     return {
         "out": OUT[options.kind],
         "mode": "replay" if options.kind == "replay" else "measure",
         "models": list(options.models),
+        "beside": beside,
         "notebooks": chosen,
         "parameters": given,
         "inputs": [options.prompts] if options.prompts else [],
