@@ -17,7 +17,7 @@ def test_results_come_from_the_records() -> None:
 
 
 def test_a_model_without_a_notebook_is_said_not_to_have_been_measured(tmp_path: Path) -> None:
-    model, other = readme.summaries.DEFAULT_MODEL, "qwen2.5-coder-1.5b"
+    model, other = options.DEFAULT_MODEL, "qwen2.5-coder-1.5b"
     shutil.copytree(RECORDS / model, tmp_path / model)
     shutil.copytree(RECORDS / model, tmp_path / other, ignore=shutil.ignore_patterns("04*"))
     cells = {

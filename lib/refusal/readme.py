@@ -1,6 +1,6 @@
 """The README's table of results and its ledger of claims, from the committed records, so that no number is typed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from refusal import claims, summaries
@@ -56,16 +56,12 @@ def table(records: Path, models: Sequence[str]) -> str:
         f"| --- | {'--- | ' * len(values)}--- |",
     ]
     for what, result, notebook in ROWS:
-        cells = [_cell(result, one) for one in values]
+        cells = [
+            result.format(**one) if list((records / model).glob(f"{notebook}_*.parquet")) else "not measured yet"
+            for model, one in zip(models, values, strict=True)
+        ]
         lines.append(f"| {what.format(**values[0])} | {' | '.join(cells)} | `./run_all.sh --only {notebook}` |")
     return "\n".join(lines)
-
-
-def _cell(result: str, values: Mapping[str, str]) -> str:
-    try:
-        return result.format(**values)
-    except KeyError:  # a notebook that this model has no record of
-        return "not measured yet"
 
 
 def ledger(records: Path) -> str:
