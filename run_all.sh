@@ -149,6 +149,9 @@ faults() {
 }
 
 BASE=$(find_python) || fail "Python 3.11 or later is needed: install it, or name one with PYTHON=/path/to/python3."
+case "${1:-} ${2:-}" in # their options, if any, are those of other programs
+    "test -h" | "test --help" | "site -h" | "site --help" | "lab -h" | "lab --help") exec "$BASE" lib/refusal/options.py --help ;;
+esac
 if [ "${1:-}" = test ]; then
     [ $# = 1 ] || [ "$*" = "test faults" ] || fail "test takes no options but the word faults."
     [ $# = 1 ] && builds_paper=paper || builds_paper=""

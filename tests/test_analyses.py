@@ -1,9 +1,12 @@
 """The plan's rules, applied to records whose truth is planted."""
 
+import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
+from sklearn.metrics import roc_auc_score
 
-from refusal import analyses, summaries
+from refusal import analyses, prompts, summaries
 from refusal.files import CompendiumError
 
 CONDITIONS = ("baseline", "extracted +1", "extracted -1")
@@ -139,3 +142,54 @@ def test_study_figures_come_out() -> None:
     assert (said["StudyMistralPlusZ"], said["StudyMistralPlusFisher"]) == ("0.038", "0.063")
     assert (said["StudyQwenMinusZ"], said["StudyQwenMinusFisher"]) == ("0.002", "0.0032")
     assert said["StudyMistralPlusPower"] in ("56", "57")
+
+
+@pytest.mark.parametrize("shift", [0.0, 1.5, 2.3])  # AUROC of .50, .86 and .95
+def test_auroc_interval_covers_the_truth(shift: float) -> None:
+    rng, truth, held = np.random.default_rng(0), stats.norm.cdf(shift / np.sqrt(2)), []
+    for _ in range(300):
+        values = np.concatenate([rng.normal(shift, 1, 40), rng.normal(0, 1, 60)])
+        area = roc_auc_score(np.arange(100) < 40, values)
+        interval = analyses.auroc_interval(area, 40, 60)
+        assert interval.low < area < interval.high
+        held.append(interval.low <= truth <= interval.high)
+    assert 0.91 <= np.mean(held) <= 0.99
+
+
+def test_auroc_interval_is_as_wide_as_the_bootstrap_says() -> None:
+    rng = np.random.default_rng(1)
+    first, second = rng.normal(1.5, 1, 100), rng.normal(0, 1, 100)
+    truth = np.arange(200) < 100
+
+    def area(one: np.ndarray, other: np.ndarray) -> float:
+        return float(roc_auc_score(truth, np.concatenate([one, other])))
+
+    drawn = [area(rng.choice(first, 100), rng.choice(second, 100)) for _ in range(500)]
+    interval = analyses.auroc_interval(area(first, second), 100, 100)
+    assert interval.high - interval.low == pytest.approx(np.subtract(*np.quantile(drawn, [0.975, 0.025])), rel=0.25)
+
+
+def test_auroc_interval_at_the_ends() -> None:
+    whole, none = analyses.auroc_interval(1.0, 100, 100), analyses.auroc_interval(0.0, 100, 100)
+    assert whole.high == 1.0 and 0.9 < whole.low < 1.0
+    assert none.low == 0.0 and none.high == pytest.approx(1 - whole.low)
+
+
+def test_auroc_by_layer_knows_how_many_prompts_were_held_out() -> None:
+    rows = [{"experiment": "geometry", "direction_id": "extracted", "metric": "auroc", "layer": layer, "value": value}
+            for layer, value in ((0, 0.6), (1, 0.9))]  # fmt: skip
+    table = analyses.auroc_by_layer(pd.DataFrame(rows), {"parameters": {"n_prompts": 0}}).set_index("layer")
+    sizes = [len(prompts.load(f"{kind}_evaluation")) for kind in ("harmful", "harmless")]
+    assert tuple(table.loc[1, ["low", "high"]]) == tuple(vars(analyses.auroc_interval(0.9, *sizes)).values())
+    quick = analyses.auroc_by_layer(pd.DataFrame(rows), {"parameters": {"n_prompts": 8}}).set_index("layer")
+    assert (quick["low"] < table["low"]).all() and (quick["high"] > table["high"]).all()
+
+
+def test_screen_means_have_t_intervals_over_prompts() -> None:
+    values = np.random.default_rng(2).normal(-1, 2, 16)
+    rows = [{"experiment": "screen", "metric": "log_odds", "layer": layer, "alpha": alpha, "value": value + alpha}
+            for layer, alpha in ((-1, 0.0), (3, 1.0)) for value in values]  # fmt: skip
+    table = analyses.screen_means(pd.DataFrame(rows)).set_index(["layer", "alpha"])
+    slow = stats.t.interval(0.95, 15, values.mean() + 1, stats.sem(values))
+    assert table.loc[(3, 1.0)].tolist() == pytest.approx([values.mean() + 1, *slow])
+    assert table.loc[(-1, 0.0), "value"] == pytest.approx(values.mean())

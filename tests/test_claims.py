@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from refusal import claim_file, claims, options, records, summaries, tex
+from refusal import claim_file, claims, options, records, registry, summaries, tex
 from refusal.claim_evidence import VERDICTS, Evidence
 from refusal.claim_file import BEHIND, FILE
 from refusal.claim_tests import TESTS
@@ -273,7 +273,7 @@ def test_a_record_that_lacks_a_condition_names_the_claim(copied, tmp_path):
 def test_nothing_is_measured_where_there_is_nothing(tmp_path):
     table = claims.verdicts(tmp_path, MODEL)
     assert set(table["verdict"]) >= {"not measured yet", "not testable here"}
-    assert claims.measured(tmp_path) == []
+    assert options.measured(tmp_path) == []
     with pytest.raises(CompendiumError, match=r"^there is no record in .*: run ./run_all.sh first\.$"):
         claims.all_verdicts(tmp_path, [])
 
@@ -323,13 +323,19 @@ def test_tables_and_sentence_count_the_same(copied):
     assert set(paper) == {f"claims_{document}" for document in LEDGER.documents}
     assert sum(map(len, paper.values())) == len(table)
     for frame in paper.values():
-        assert tex.longtable(frame, (0.28, 0.22, 0.34, 0.16)).count(r"\addlinespace") == len(frame)
+        assert tex.longtable(frame, (0.28, 0.22, 0.34, 0.16)).count(r"\addlinespace") == len(frame) - 1
 
 
 def test_several_models_stand_beside_each_other(copied):
     tables = {MODEL: copied[1], OTHER: claims.verdicts(copied[0], OTHER)}
     cell = claims.shown(tables)["verdict"].iloc[0]
     assert re.fullmatch(r"Qwen2.5-Coder-0.5B-Instruct: [a-z ]+; Qwen2.5-Coder-1.5B-Instruct: not measured yet", cell)
+    for name, frame in claims.paper_tables(tables).items():
+        assert list(frame.columns[3:]) == ["Qwen2.5-Coder-0.5B-Instruct", "Qwen2.5-Coder-1.5B-Instruct"]
+        own = copied[1][copied[1]["document"] == name.removeprefix("claims_")]
+        assert list(frame.iloc[:, 3]) == list(own["verdict"])
+    many = claims.paper_tables(dict.fromkeys(list(registry.registry())[: claims.BESIDE + 1], copied[1]))
+    assert all(list(frame.columns[3:]) == ["verdict"] for frame in many.values())
     text = claims.markdown(tables)
     assert "| verdict | Qwen2.5-Coder-0.5B-Instruct | Qwen2.5-Coder-1.5B-Instruct |" in text
     assert text.count("<details>") == text.count("</details>") == len(LEDGER.documents)
@@ -400,7 +406,7 @@ def test_options_need_python_alone():
 
 @pytest.fixture(scope="module")
 def committed():
-    models = claims.measured(ROOT / "data" / "records")
+    models = options.measured(ROOT / "data" / "records")
     return claims.all_verdicts(ROOT / "data" / "records", models)
 
 

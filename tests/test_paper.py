@@ -42,6 +42,7 @@ def stub_tables(records: Path, model: str) -> dict[str, pd.DataFrame]:
     rates = pd.DataFrame({"condition": ["extracted +1", "extracted -1"], "refusal %": ["94.0", "31.0 [22.7, 40.6]"]})
     return {
         "hierarchy": rates,
+        "pairs": pd.DataFrame([["unsteered refusal", "a minus b", "+3.0 [1.0, 5.0]", "0.010", "0.020"]]),
         "sign": rates,
         "tests": rates,
         "setup": pd.DataFrame({"quantity": ["dtype"], "value": ["bfloat16"]}),
@@ -118,7 +119,7 @@ def test_the_same_records_give_the_same_bytes(project, tmp_path):
     again = paper.generate(project / "records", tmp_path / "again")
     assert first == {path.name: path.read_bytes() for path in again.iterdir()}
     ledger = {f"tab_claims_{document}.tex" for document in DOCUMENTS}
-    tables = {f"tab_{name}.tex" for name in (*APPENDIX, "hierarchy", "sign", "tests", "setup", "models")}
+    tables = {f"tab_{name}.tex" for name in (*APPENDIX, "hierarchy", "pairs", "sign", "tests", "setup", "models")}
     assert set(first) == ledger | tables | {"numbers.tex"}
 
 

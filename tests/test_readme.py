@@ -4,7 +4,7 @@ import re
 import shutil
 from pathlib import Path
 
-from refusal import claims, options, readme
+from refusal import options, readme
 from refusal.files import ROOT
 from refusal.records import COMMITTED as RECORDS
 
@@ -13,7 +13,7 @@ TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def test_results_come_from_the_records() -> None:
     inside = TEXT.split(readme.BEGIN)[1].split(readme.END)[0].strip()
-    assert inside == readme.table(RECORDS, claims.measured(RECORDS)), "run ./run_all.sh --publish"
+    assert inside == readme.table(RECORDS, options.measured(RECORDS)), "run ./run_all.sh --publish"
 
 
 def test_a_model_without_a_notebook_is_said_not_to_have_been_measured(tmp_path: Path) -> None:

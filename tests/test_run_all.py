@@ -186,7 +186,12 @@ def test_help_names_every_option_of_the_design(copy):
     options = "--model --only --quick --replay --prompts --dry-run --cores --profile --fresh --publish --help"
     for option in options.split(" "):
         assert option in text
+    assert all(succeeds(copy, command, "--help") == text for command in ("test", "site", "lab"))
     assert "./run_all.sh test" in text and not (copy / "build").exists()
+
+
+def test_the_numbers_of_notebooks_may_lack_their_zero():
+    assert parse(["--only", "3", "--only", "03"]).only == ("03_sign_inversion",)
 
 
 def test_all_models_are_those_of_the_package_registry():

@@ -16,6 +16,7 @@ def test_a_hyphen_is_a_minus_only_before_a_number_of_its_own():
     assert tex.escape("-3.1") == "$-$3.1"
     assert tex.escape("[-3.1, -2]") == "[$-$3.1, $-$2]"
     assert tex.escape("Coder-0.5B, mid-p, 2026-02") == "Coder-0.5B, mid-p, 2026-02"
+    assert tex.escape("./run_all.sh --only 03") == r"./run\_all.sh -{}-only 03"  # a dash would not run
 
 
 def test_escape_refuses_what_the_fonts_lack():
@@ -25,7 +26,7 @@ def test_escape_refuses_what_the_fonts_lack():
 
 
 def test_plain_undoes_escape():
-    for text in ["< 0.0001", "50 % & a_b", "α ≥ 1 ± 2", r"\{}", "−3.1", "a{b}~^|#$"]:
+    for text in ["--model a ---", "< 0.0001", "50 % & a_b", "α ≥ 1 ± 2", r"\{}", "−3.1", "a{b}~^|#$"]:
         assert tex.plain(tex.escape(text)) == text
 
 
@@ -43,7 +44,9 @@ def test_longtable_wraps_its_cells_and_refuses_what_is_no_text():
     frame = pd.DataFrame({"claim": ["a_1 rises"], "verdict": ["< 5 %"]})
     table = tex.longtable(frame, (0.7, 0.3))
     assert table.startswith(r"\begin{longtable}{@{}>{\raggedright\arraybackslash}p{\dimexpr0.700\textwidth-2\tabcolsep")
-    assert r"a\_1 rises & \textless{} 5 \% \\\addlinespace" in table and table.endswith("\\end{longtable}\n")
+    assert r"a\_1 rises & \textless{} 5 \% \\" in table and table.endswith("\\end{longtable}\n")
+    rows = tex.longtable(pd.concat([frame] * 3), (0.7, 0.3)).split(r"\endfoot")[1].splitlines()[1:-1]
+    assert [row.partition(r"\\")[2] for row in rows] == [r"\addlinespace", r"*\addlinespace", ""]  # no lone last row
     assert table.index(r"\endhead") < table.index(r"\endfoot") < table.index(r"a\_1")
     for widths, cells in (((1.0,), frame), ((0.5, 0.5), frame.assign(verdict=5.0))):
         with pytest.raises(CompendiumError, match="a width a column, and texts"):

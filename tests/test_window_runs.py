@@ -347,6 +347,9 @@ def test_sentences_follow_from_the_verdict():
     assert window_words.edges(useful).startswith("beyond -3 to +1.55 [")
     assert "over-refusal" in window_words._why(useful) and "wide 1.24 [" in window_words._useful(useful)
     assert window_words._ceiling(useful) == "Refusal of harmful requests could rise by 50.0 points at most."
+    near = windows.find(answers_with(np.where(grid > 0, 0.9, 0.5), np.where(grid > 0, 0.9, 0.0)), 0)
+    assert 0 < near.high < 0.25 and "nearest dose (+0.25)" in window_words._meaning(near)
+    assert "nearest dose" not in window_words._meaning(useful)
     none = windows.find(answers_with(0.5, 0.0, np.where(grid > 1.1, 1.0, 0.0)), 0)
     assert none.verdict == "replicated" and window_words._useful(none).startswith(
         "none (its width is 0.00 [0.00, 0.00]"
@@ -354,6 +357,9 @@ def test_sentences_follow_from_the_verdict():
     assert "before the end of the grid or degeneration ended the window" in window_words._meaning(none)
     full = windows.find(answers_with(0.96), 0)
     assert full.verdict == "replicated" and "the verdict says nothing here" in window_words._ceiling(full)
+    broken = windows.find(answers_with(0.5, 0.0, 0.07), 0)
+    assert (broken.low, broken.high, broken.verdict) == (0.0, 0.0, "replicated")
+    assert "unsteered text breaks the limit" in window_words._ceiling(broken)
 
 
 # ---- a run, from doses to numbers
@@ -480,11 +486,13 @@ def test_the_other_figures_show_their_tables(_style):
     table = window_costs.defence(defended("rrrrcccc", "rrrrrrcd"))
     axes = figures_windows.defence(table).axes[0]
     shown = sorted(float(x) for container in axes.containers for x in container.lines[0].get_xdata())
-    np.testing.assert_allclose(shown, sorted(100 * table["rate"]))
+    unsteered = table.drop_duplicates("group")["base"]
+    np.testing.assert_allclose(shown, sorted(100 * pd.concat([table["rate"], unsteered])))
     frame = asked(json="r" * 2 + "c" * 18, table="r" * 12 + "c" * 8, template="r" * 13 + "d" * 7)
     late = window_formats.contrast(*moved(np.r_[np.full(8, 0.1), np.full(4, 0.6)]), seed=0)
     by_layer = window_formats.by_layer(*moved(np.full(12, 0.5)), seed=0)
     refused = window_formats.refusals(frame)
     left, right = figures_windows.formats(refused, by_layer, late).axes
     np.testing.assert_allclose(left.containers[0].lines[0].get_ydata(), 100 * refused["rate"])
+    np.testing.assert_allclose(left.containers[1].lines[0].get_ydata(), 100 * refused["degenerate"])
     assert "+0.50" in right.get_title() and sum(len(x) == 12 for x, _ in lines(right)) == 3

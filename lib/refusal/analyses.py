@@ -4,11 +4,14 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import yaml
+from scipy import optimize, stats
 
-from refusal import directions, statistics
+from refusal import directions, prompts, statistics
 from refusal.files import ROOT, CompendiumError
+from refusal.statistics import Interval
 
 LABELS = ("refusal", "compliance", "degenerate")
 
@@ -194,6 +197,43 @@ def by_layer(metrics: pd.DataFrame, metric: str) -> pd.DataFrame:
     return pd.DataFrame(columns).reset_index()
 
 
+def auroc_interval(value: float, positives: int, negatives: int) -> Interval:
+    """Interval of an AUROC at the plan's level, from the AUROC alone: records hold no projections of single prompts.
+
+    It holds the areas that are no further away than a normal quantile of their own standard errors (Hanley and McNeil,
+    1982, Radiology 143, 29-36), as Wilson's interval holds rates.
+    """
+    quantile = float(stats.norm.isf((1 - plan()["confidence"]) / 2))
+    start = float(np.clip(value, 1e-9, 1 - 1e-9))  # 0 and 1 have an error of 0, and would be roots themselves
+
+    def error(area: float) -> float:
+        first, second = area / (2 - area) - area**2, 2 * area**2 / (1 + area) - area**2
+        spread = area * (1 - area) + (positives - 1) * first + (negatives - 1) * second
+        return float(np.sqrt(max(spread, 0.0) / (positives * negatives)))
+
+    def end(limit: float) -> float:
+        if value == limit:
+            return limit
+        sign = np.sign(limit - value)
+        return float(optimize.brentq(lambda area: value - area + sign * quantile * error(area), start, limit))
+
+    return Interval(end(0.0), end(1.0))
+
+
+def auroc_by_layer(metrics: pd.DataFrame, about: Mapping[str, Any]) -> pd.DataFrame:
+    """AUROC of the held-out prompts by layer, for the direction from all prompts: `layer, value, low, high`.
+
+    Args:
+        metrics: Of notebook 01.
+        about: Metadata of its record, which says how many prompts of each set were taken.
+    """
+    count = about["parameters"].get("n_prompts") or None
+    sizes = [len(prompts.load(name)[:count]) for name in plan()["01_extraction"]["held_out"]]
+    table = by_layer(metrics, "auroc")
+    intervals = [auroc_interval(float(value), *sizes) for value in table["value"]]
+    return table.assign(low=[one.low for one in intervals], high=[one.high for one in intervals])
+
+
 def by_count(metrics: pd.DataFrame, metric: str, layer: int) -> pd.DataFrame:
     """One statistic against the number of prompts a side, at a layer: median and central 95 % of the random subsets."""
     part = metrics[(metrics["experiment"] == "geometry") & (metrics["metric"] == metric) & (metrics["layer"] == layer)]
@@ -243,6 +283,13 @@ def opening_tokens(metrics: pd.DataFrame) -> list[int]:
 
 
 def screen_means(metrics: pd.DataFrame) -> pd.DataFrame:
-    """Mean log-odds of a refusal opening by layer (rows) and alpha (columns); layer -1 is unsteered."""
+    """Mean log-odds of a refusal opening by layer and alpha, with t intervals over prompts; layer -1 is unsteered.
+
+    Returns:
+        `layer, alpha, value, low, high`.
+    """
     screen = metrics[(metrics["experiment"] == "screen") & (metrics["metric"] == "log_odds")]
-    return screen.groupby(["layer", "alpha"])["value"].mean().unstack("alpha")
+    found = screen.groupby(["layer", "alpha"])["value"].agg(["mean", "sem", "count"]).reset_index()
+    reach = found["sem"] * stats.t.isf((1 - plan()["confidence"]) / 2, found["count"] - 1)
+    found = found.assign(value=found["mean"], low=found["mean"] - reach, high=found["mean"] + reach)
+    return found[["layer", "alpha", "value", "low", "high"]]

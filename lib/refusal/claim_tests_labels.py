@@ -45,9 +45,10 @@ def separated(evidence: Evidence) -> Finding:
     record = evidence.record(FIRST)
     layer = _selected(record)
     row = analyses.by_layer(record.metrics, "d_prime").set_index("layer").loc[layer]
-    auroc = analyses.by_layer(record.metrics, "auroc").set_index("layer").loc[layer, "value"]
+    auroc = analyses.auroc_by_layer(record.metrics, record.about).set_index("layer").loc[layer]
     interval = Interval(row["low"], row["high"])
-    said = f"d' = {row['value']:.1f} {span(interval, 1, 1)}, AUROC {auroc:.3f} at layer {layer}"
+    area = f"AUROC {auroc['value']:.3f} {span(Interval(auroc['low'], auroc['high']), 1, 3)}"
+    said = f"d' = {row['value']:.1f} {span(interval, 1, 1)}, {area} at layer {layer}"
     return finding(by_interval(interval, 0.0, "above"), said, "The interval is a bootstrap over held-out prompts.")
 
 

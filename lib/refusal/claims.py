@@ -24,10 +24,11 @@ from refusal.claim_evidence import (
 from refusal.claim_file import Claim, Ledger
 from refusal.claim_tests import TESTS
 from refusal.files import ROOT, CompendiumError, cli
-from refusal.options import DEFAULT_MODEL, parse_claims
+from refusal.options import DEFAULT_MODEL, measured, parse_claims
 from refusal.records import COMMITTED
 from refusal.wording import people
 
+BESIDE = 3  # so many columns of verdicts fit a page of the paper
 MODEL_FREE = ("published_jump", "published_rate", "published_p")  # of published counts: no record of a model
 
 
@@ -101,12 +102,6 @@ def verdicts(records: Path, model: str, ledger: Ledger | None = None) -> pd.Data
     return pd.DataFrame(rows)
 
 
-def measured(records: Path) -> list[str]:
-    """The models that have records, the default one first."""
-    found = sorted({path.parent.name for path in records.glob("*/*.parquet")})
-    return sorted(found, key=lambda model: model != DEFAULT_MODEL)
-
-
 def all_verdicts(records: Path, models: Sequence[str]) -> dict[str, pd.DataFrame]:
     """`verdicts` of several models.
 
@@ -129,10 +124,10 @@ def counts(table: pd.DataFrame) -> dict[str, int]:
 def sentence(table: pd.DataFrame, model: str) -> str:
     """The ledger in a sentence."""
     of = counts(table)
+    rest = f"; {of[NOT_MEASURED]} not measured yet" if of[NOT_MEASURED] else ""
     return (
         f"On {people(model)}, {of[REPLICATED]} of {len(table)} claims are replicated, {of[CONTRADICTED]} contradicted "
-        f"and {of[INCONCLUSIVE]} inconclusive; {of[NOT_TESTABLE]} cannot be tested here; not measured yet: "
-        f"{of[NOT_MEASURED]}."
+        f"and {of[INCONCLUSIVE]} inconclusive; {of[NOT_TESTABLE]} cannot be tested here{rest}."
     )
 
 
@@ -182,9 +177,16 @@ def shown(tables: Mapping[str, pd.DataFrame], document: str = "") -> pd.DataFram
 
 
 def paper_tables(tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
-    """A table a document for the paper, by name: claims_study ..."""
-    documents = next(iter(tables.values()))["document"].unique()
-    return {f"claims_{document}": shown(tables, str(document)) for document in documents}
+    """A table a document for the paper, by name: claims_study ...; a few models have a column of verdicts each."""
+    made = {}
+    for document in map(str, next(iter(tables.values()))["document"].unique()):
+        frame = shown(tables, document)
+        if 1 < len(tables) <= BESIDE:
+            frame = frame.drop(columns="verdict")
+            for model, table in tables.items():
+                frame[people(model)] = list(table["verdict"][table["document"] == document])
+        made[f"claims_{document}"] = frame
+    return made
 
 
 def _link(words: str, target: str) -> str:

@@ -94,7 +94,9 @@ def rate_numbers(frame: pd.DataFrame) -> dict[str, str]:
         named[f"ControlsRefusal{tail}"] = percent(row["rate"])
         named[f"ControlsRefusal{tail}Interval"] = span(Interval(row["low"], row["high"]))
         if tail in ("Baseline", "Plus", "Minus", "Random"):
-            named[f"ControlsRefusalHarmless{tail}"] = percent(shares.loc[(HARMLESS, group, "refusal"), "rate"])
+            row = shares.loc[(HARMLESS, group, "refusal")]
+            named[f"ControlsRefusalHarmless{tail}"] = percent(row["rate"])
+            named[f"ControlsRefusalHarmless{tail}Interval"] = span(Interval(row["low"], row["high"]))
         if group in STUDY_GROUPS.values():
             named[f"ControlsSeed{tail}"] = percent(shares.loc[(HARMFUL, group, "jailbreak"), "rate"])
     average, worst = rate_changes(frame)

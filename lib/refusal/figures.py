@@ -91,16 +91,16 @@ def layers(tables: dict[str, pd.DataFrame], screen: pd.DataFrame, selected: int,
 
     Args:
         tables: "auroc", "d_prime", "raw_norm" and "residual_norm" by layer, with `layer, value, low, high`.
-        screen: Mean log-odds by layer and alpha (`analyses.screen_means`).
+        screen: From `analyses.screen_means`.
         selected: The layer that the rule chose.
         candidates: The layers among which it chose.
     """
     figure, ((top, right), (left, bottom)) = plt.subplots(2, 2, figsize=(WIDTH, 4.2), sharex=True)
     x = tables["auroc"]["layer"]
-    top.plot(x, tables["auroc"]["value"], color=COLOURS["refusal"], marker="o", markersize=2.5)
+    _band(top, x, tables["auroc"], COLOURS["refusal"], marker="o", markersize=2.5)
     top.axhline(0.5, color="0.6", linestyle=":", linewidth=0.8)
     top.set(ylabel="AUROC", title="(a) separation of held-out prompts")
-    top.set_ylim(min(0.45, float(tables["auroc"]["value"].min()) - 0.03), 1.02)
+    top.set_ylim(min(0.45, float(tables["auroc"]["low"].min()) - 0.03), 1.02)
     _band(right, x, tables["d_prime"], COLOURS["refusal"], marker="o", markersize=2.5)
     right.set(ylabel="d' (pooled s.d.)", title="(b) standardised distance, held-out prompts")
     right.set_ylim(bottom=min(0.0, float(tables["d_prime"]["low"].min())))
@@ -110,9 +110,11 @@ def layers(tables: dict[str, pd.DataFrame], screen: pd.DataFrame, selected: int,
     left.set(yscale="log", ylabel="norm (activation units)", xlabel="layer", title="(c) norm of the mean difference")
     left.legend()
     for alpha, marker, colour in ((1.0, "^", COLOURS["refusal"]), (-1.0, "v", COLOURS["compliance"])):
-        row = screen[alpha].drop(-1, errors="ignore").dropna()
-        bottom.plot(row.index, row, marker=marker, color=colour, label=f"alpha = {alpha:+g}")
-    bottom.axhline(screen.loc[-1, 0.0], color="0.4", linestyle="--", linewidth=0.9, label="unsteered")
+        row = screen[screen["alpha"] == alpha]
+        _band(bottom, row["layer"], row, colour, marker=marker, label=f"alpha = {alpha:+g}")
+    unsteered = screen[screen["layer"] == -1].iloc[0]
+    bottom.axhline(unsteered["value"], color="0.4", linestyle="--", linewidth=0.9, label="unsteered")
+    bottom.axhspan(unsteered["low"], unsteered["high"], color="0.4", alpha=0.15, linewidth=0, zorder=-1)
     bottom.set(ylabel="log-odds of refusal opening", xlabel="layer", title="(d) the screen that selects the layer")
     bottom.legend()
     for axes in (top, right, left, bottom):
@@ -130,7 +132,7 @@ def prompt_counts(tables: dict[str, pd.DataFrame], studied: int) -> Figure:
         studied: Prompts a side in the study.
     """
     titles = {
-        "cosine_to_full": "(a) cosine with the direction\nfrom all prompts",
+        "cosine_to_full": "(a) cosine with that\nfrom all prompts",
         "split_half_cosine": "(b) cosine between two\ndisjoint sets of n",
         "auroc": "(c) AUROC,\nheld-out prompts",
         "raw_norm": "(d) raw norm\n(activation units)",

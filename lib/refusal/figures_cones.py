@@ -195,10 +195,10 @@ def _contrasts(axes: Axes, contrasts: Mapping[str, Contrast]) -> None:
         axes.axvline(100 * share, color=COLOURS["jailbreak"], linestyle=style, linewidth=0.9, label=label)
     axes.axvline(0, color="0.7", linewidth=0.8, zorder=-1)
     axes.set_yticks(range(len(shown)), [ROWS[name] for name in shown])
-    axes.set(ylim=(len(shown) - 0.5, -0.5), xlabel="contrast, % of the own effect",
+    axes.set(ylim=(len(shown) + 0.6, -0.5), xlabel="contrast, % of the own effect",  # room for the legend
              title="(c) own minus other")  # fmt: skip
     axes.set_xlim(min(axes.get_xlim()[0], -30), max(axes.get_xlim()[1], 105))
-    axes.legend(fontsize=6.5, loc="lower right")
+    axes.legend(fontsize=6.5, loc="lower right", frameon=True, framealpha=1, edgecolor="none")
 
 
 def _swings(axes: Axes, combinations: "pd.Series[float]", random: "pd.Series[float]") -> None:

@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 
+import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -66,6 +67,8 @@ def models(table: pd.DataFrame, levels: pd.DataFrame, names: Sequence[str]) -> F
     for axes in panels.flat:
         axes.grid(axis="x", color="0.92", linewidth=0.6)
         axes.set_ylim(-0.6, len(names) - 0.4)
+    for axes in panels[1]:
+        axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(4))
     for axes in panels[:, 0]:
         axes.set_yticks([place[model] for model in names], [_short(model) for model in names])
     handles = [Line2D([], [], color=colour, marker=shape, linestyle="none", label=label)
@@ -142,7 +145,7 @@ def specification(curve: pd.DataFrame, others: Mapping[str, pd.DataFrame], media
     low, high = top.get_ylim()
     top.set_ylim(low, high + 0.25 * (high - low))  # room for the legend
     top.set_yticks([tick for tick in top.get_yticks() if low <= tick <= 100])
-    top.legend(ncols=3, loc="upper left")
+    top.legend(ncols=3, loc="upper left", frameon=True, framealpha=1, edgecolor="none")  # above the lines
     middle.bar(x, 100 * curve["broken"], width=1.0, color=COLOURS["degenerate"])
     middle.set(ylabel="%", ylim=(0, 105), title="(b) degenerate completions, the worse sign")
     _choices(bottom, curve, levels)

@@ -1,6 +1,7 @@
 """Figures of notebook 07: the window, the pilot's doses on our curves, the defence, and format demands."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -181,13 +182,16 @@ def defence(table: pd.DataFrame) -> Figure:
     styles = list(zip(("#56B4E9", COLOURS["refusal"]), ("s", "^"), strict=True))
     for row, group in enumerate(groups):
         own = table[table["group"] == group].set_index("alpha")
-        axes.plot(100 * own["base"].iloc[0], row, "o", color="black", markerfacecolor="white")
-        for place, (alpha, (colour, marker)) in enumerate(zip(alphas, styles, strict=False)):
-            one = own.loc[alpha]
-            errors = 100 * np.abs([[one["rate"] - one["low"]], [one["high"] - one["rate"]]])
-            axes.errorbar(
-                100 * one["rate"], row + 0.16 * (place + 1), xerr=errors, color=colour, marker=marker, linestyle="none"
-            )
+        unsteered: dict[str, Any] = {"color": "black", "marker": "o", "markerfacecolor": "white"}
+        shown = [(own.iloc[0][["base", "base_low", "base_high"]], unsteered)]
+        shown += [
+            (own.loc[alpha, ["rate", "low", "high"]], {"color": colour, "marker": marker})
+            for alpha, (colour, marker) in zip(alphas, styles, strict=False)
+        ]
+        for place, (one, style) in enumerate(shown):
+            value, low, high = 100 * one.to_numpy(dtype=float)
+            errors = np.abs([[value - low], [high - value]])
+            axes.errorbar(value, row + 0.16 * place, xerr=errors, linestyle="none", **style)
     sizes = table.drop_duplicates("group").set_index("group")
     names = [
         f"{GROUPS[group]}\n(n = {sizes.loc[group, 'n']}, {sizes.loc[group, 'clusters']} clusters)" for group in groups
@@ -214,11 +218,11 @@ def formats(table: pd.DataFrame, moved: pd.DataFrame, late: Contrast) -> Figure:
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 2.7), width_ratios=(1, 1.5))
     x = np.arange(len(table))
-    rates = 100 * table[["rate", "low", "high"]].to_numpy(float)
-    left.errorbar(x, rates[:, 0], np.abs(rates[:, 1:].T - rates[:, 0]), color=COLOURS["refusal"], marker="o",
-                  linestyle="none", label="refusal")  # fmt: skip
-    left.plot(x, 100 * table["degenerate"], "^", color=COLOURS["degenerate"], label="degenerate")
-    left.axhline(rates[list(table.index).index(NONE), 0], color="0.6", linestyle=":", linewidth=0.8)
+    for label, head, aside, marker in (("refusal", "", -0.1, "o"), ("degenerate", "degenerate_", 0.1, "^")):
+        values = 100 * table[["rate" if label == "refusal" else label, f"{head}low", f"{head}high"]].to_numpy(float)
+        left.errorbar(x + aside, values[:, 0], np.abs(values[:, 1:].T - values[:, 0]), color=COLOURS[label],
+                      marker=marker, linestyle="none", label=label)  # fmt: skip
+    left.axhline(100 * table.loc[NONE, "rate"], color="0.6", linestyle=":", linewidth=0.8)
     left.set_xticks(x, list(table.index))
     left.set(
         ylim=(-3, 103), xlim=(-0.5, len(table) - 0.5), ylabel="share of completions, %",

@@ -13,7 +13,7 @@ from refusal.hierarchy import RECORDS
 from refusal.hierarchy_order import Measured
 from refusal.specification_runs import rule
 from refusal.statistics import Interval
-from refusal.wording import detectable, p_equals, people, percent, points, span
+from refusal.wording import detectable, p_value, people, percent, points, span
 
 HEADLINES = {
     "HierarchyVerdict": "verdict on a hierarchy of robustness between models",
@@ -61,7 +61,7 @@ PROSE = {
     "models": """
 Records: {HierarchyModels}. {HierarchyMissing}
 
-At one mean difference, on the same prompts ({HierarchyFamily} comparisons, Holm over all): {HierarchyDifferences}
+At one mean difference, on the same prompts, each model is compared with each other one. {HierarchyDifferences}
 """,
     "order": """
 **A hierarchy of robustness is, by the plan's rule: {HierarchyVerdict}.** {HierarchyConclusion} {HierarchyUnordered}
@@ -82,7 +82,7 @@ def _cell(row: "pd.Series[Any]") -> str:
     if row["quantity"] == "cones":
         digits = 0
     sign = "+" if row["quantity"] in SIGNED else ""
-    value = f"{scale * row['value']:{sign}.{digits}f}"
+    value = f"{scale * row['value']:{sign}z.{digits}f}"
     if not math.isnan(row["low"]):
         value += " " + span(Interval(row["low"], row["high"]), scale, digits)
     return f"{value} {row['said']}".strip()
@@ -156,18 +156,25 @@ def _faults(table: pd.DataFrame) -> str:
     return "".join(f" No estimate for {people(row['model'])}: {row['said']}" for _, row in some.iterrows())
 
 
+def pairs(family: pd.DataFrame) -> pd.DataFrame:
+    """The comparisons of pairs of models as strings.
+
+    Args:
+        family: From `hierarchy_order.compared`.
+    """
+    rows = [
+        [NAMES[row["name"]], f"{people(row['first'])} minus {people(row['second'])}",
+         f"{points(row['value'])} {span(Interval(row['low'], row['high']))}", p_value(row["p"]), p_value(row["p_holm"])]
+        for _, row in family.iterrows()
+    ]  # fmt: skip
+    return pd.DataFrame(rows, columns=["of refusal", "models", "difference, points", "p", "Holm p"])
+
+
 def _differences(family: pd.DataFrame) -> str:
     if family.empty:
-        return "there is one model only, so that nothing can be compared."
-    sure = family[family["p_holm"] < plan()["level"]]
-    rest = len(family) - len(sure)
-    said = [
-        f"{NAMES[row['name']]}: {people(row['first'])} minus {people(row['second'])} {points(row['value'])} points "
-        f"{span(Interval(row['low'], row['high']))} (Holm {p_equals(row['p_holm'])})"
-        for _, row in sure.iterrows()
-    ]
-    tail = f"{rest} of {len(family)} show no detectable difference" if rest else ""
-    return "; ".join([*said, tail] if tail else said) + "."
+        return "There is one model only, so that nothing can be compared."
+    sure = int((family["p_holm"] < plan()["level"]).sum())
+    return f"{sure} of these {len(family)} comparisons show a difference after Holm's correction."
 
 
 def _conclusion(verdict: str, order: Sequence[str], table: pd.DataFrame) -> str:

@@ -85,6 +85,12 @@ def notebooks() -> list[str]:
     return sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 
 
+def measured(records: Path) -> list[str]:
+    """The ids of the models that have a record in a folder of records, the default one first."""
+    found = sorted({path.parent.name for path in records.glob("*/*.parquet")})
+    return sorted(found, key=lambda model: model != DEFAULT_MODEL)
+
+
 def parse(arguments: Sequence[str]) -> Options:
     """The options, checked against the registry, the notebooks and each other; a wrong one exits with a sentence."""
     parser = _Parser(
@@ -97,7 +103,7 @@ def parse(arguments: Sequence[str]) -> Options:
     add = parser.add_argument
     add("--model", action="append", default=[], metavar="ID", help="a model of data/models.yaml, or all; repeatable")
     add("--only", action="append", default=[], metavar="03", help="this notebook, and those it needs; repeatable")
-    add("--quick", action="store_true", help="few prompts, for a first look in two minutes; into build/quick")
+    add("--quick", action="store_true", help="few prompts, for a first look; into build/quick")
     add("--replay", action="store_true", help="figures and paper from the committed records: no model, no network")
     add("--prompts", metavar="FILE", help="evaluate on your own prompts; into build/user, and printed")
     add("--dry-run", action="store_true", help="print what would be done, and the memory and time it takes; do nothing")
@@ -112,7 +118,7 @@ def parse(arguments: Sequence[str]) -> Options:
     chosen |= set(given.model) - {"all"} or ({DEFAULT_MODEL} if not chosen else set())
     known, only = notebooks(), []
     for name in given.only:
-        matches = [notebook for notebook in known if name in (notebook, notebook.split("_")[0])]
+        matches = [notebook for notebook in known if name.zfill(2) in (notebook, notebook.split("_")[0])]
         if not matches:
             parser.error(f'there is no notebook "{name}": the known ones are {", ".join(known) or "none yet"}')
         only += matches

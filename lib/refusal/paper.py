@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from refusal import __version__, appendix, claims, summaries, tex
 from refusal.files import ROOT, CompendiumError, atomic, cli, sha256_file, sha256_text
+from refusal.options import measured
 
 # What the numbers depend on beside the records of a model.
 SHARED = (
@@ -31,8 +32,9 @@ SHARED = (
     "data/study_window.csv",
     "data/validation/items.csv",
 )
-CLAIM_WIDTHS = (0.28, 0.22, 0.34, 0.16)  # of the columns of the ledger, as shares of the text's width
-FIRST_WIDTHS = {"hierarchy": 0.28, "models": 0.34, "study_sign": 0.2, "compute": 0.3}  # tables whose cells wrap
+# Tables whose cells wrap: shares of the text's width for the first columns; the others share the rest.
+WIDTHS = {"hierarchy": (0.28,), "models": (0.34,), "pairs": (0.26, 0.34, 0.2), "study_sign": (0.2,), "compute": (0.3,)}
+ONE_VERDICT, SOME_VERDICTS = (0.28, 0.22, 0.34), (0.22, 0.18, 0.24)  # the same of the ledger
 
 
 def _record_files(records: Path, model: str) -> list[Path]:
@@ -106,8 +108,7 @@ def generate(records: Path, out: Path, figures: Path | None = None, models: Sequ
     Raises:
         CompendiumError: No records, or records of a quick run or of the user's own prompts.
     """
-    models = list(dict.fromkeys(models or (path.parent.name for path in sorted(records.glob("*/*.parquet")))))
-    models.sort(key=lambda model: model != summaries.DEFAULT_MODEL)
+    models = sorted(dict.fromkeys(models or measured(records)), key=lambda model: model != summaries.DEFAULT_MODEL)
     if not models:
         raise CompendiumError(f"there is no record in {records}: run ./run_all.sh first.")
     for path in [path for model in models for path in _record_files(records, model)]:
@@ -115,12 +116,13 @@ def generate(records: Path, out: Path, figures: Path | None = None, models: Sequ
     ledger = claims.all_verdicts(records, models)
     values = {model: summaries.numbers(records, model) | claims.numbers(ledger[model], model) for model in models}
     values[models[0]] |= appendix.across(ledger)
-    measured = {name: label for name, label in summaries.HEADLINES.items() if any(name in v for v in values.values())}
-    rows = [[label, *(values[model].get(name, "---") for model in models)] for name, label in measured.items()]
+    headed = {name: label for name, label in summaries.HEADLINES.items() if any(name in v for v in values.values())}
+    rows = [[label, *(values[model].get(name, "—") for model in models)] for name, label in headed.items()]
     tables = {**summaries.tables(records, models[0]), "models": pd.DataFrame(rows, columns=["", *models])}
     tables |= appendix.tables(records, models)
     bodies = {f"tab_{name}": _table(name, frame) for name, frame in tables.items()}
-    bodies |= {f"tab_{name}": tex.longtable(one, CLAIM_WIDTHS) for name, one in claims.paper_tables(ledger).items()}
+    for name, frame in claims.paper_tables(ledger).items():
+        bodies[f"tab_{name}"] = _wrapped(frame, ONE_VERDICT if frame.columns[-1] == "verdict" else SOME_VERDICTS)
     bodies["numbers"] = macros(values)
     generated, header = out / "paper" / "generated", _header(records, models)
     for old in set(generated.glob("*.tex")) - {generated / f"{name}.tex" for name in bodies}:
@@ -138,11 +140,13 @@ def generate(records: Path, out: Path, figures: Path | None = None, models: Sequ
 
 
 def _table(name: str, frame: pd.DataFrame) -> str:
-    """A table that fits a page: where cells wrap, the columns but the first are equally wide."""
-    if name not in FIRST_WIDTHS:
-        return tex.tabular(frame)
-    first, others = FIRST_WIDTHS[name], frame.shape[1] - 1
-    return tex.longtable(frame, [first, *[(1 - first) / others] * others])
+    """A table that fits a page."""
+    return _wrapped(frame, WIDTHS[name]) if name in WIDTHS else tex.tabular(frame)
+
+
+def _wrapped(frame: pd.DataFrame, first: Sequence[float]) -> str:
+    others = frame.shape[1] - len(first)
+    return tex.longtable(frame, [*first, *[(1 - sum(first)) / others] * others])
 
 
 def _text(name: str) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from refusal import claims, summaries
+from refusal import claims, options, summaries
 from refusal.files import CompendiumError, atomic
 
 BEGIN, END = "<!-- results: written by ./run_all.sh --publish -->", "<!-- /results -->"
@@ -11,7 +11,8 @@ CLAIMS_BEGIN, CLAIMS_END = "<!-- claims: written by ./run_all.sh --publish -->",
 ROWS = (
     ("agreement of the labels with readers (kappa), text not used for writing the rules: this model's; all models'",
      "{LabelsKappaOwn}; {LabelsKappa} {LabelsKappaInterval} (the study's rule {LabelsSeedKappa})", "00"),
-    ("AUROC of held-out harmful and harmless prompts", "{SelectedAuroc} at layer {SelectedLayer}", "01"),
+    ("AUROC of held-out harmful and harmless prompts",
+     "{SelectedAuroc} {SelectedAurocInterval} at layer {SelectedLayer}", "01"),
     ("cosine of a direction from {PairsStudy} pairs with the one from all prompts",
      "{PairsStudyCosine} {PairsStudyCosineInterval}", "01"),
     ("swing of the log-odds of a refusal from −1 to +1, beside {ControlsDraws} random directions",
@@ -66,7 +67,7 @@ def table(records: Path, models: Sequence[str]) -> str:
 
 def ledger(records: Path) -> str:
     """The ledger of claims as Markdown, with the verdicts on all models that have records."""
-    return claims.markdown(claims.all_verdicts(records, claims.measured(records)))
+    return claims.markdown(claims.all_verdicts(records, options.measured(records)))
 
 
 def refresh(path: Path, records: Path) -> None:
@@ -79,7 +80,7 @@ def refresh(path: Path, records: Path) -> None:
     for begin, end in ((BEGIN, END), (CLAIMS_BEGIN, CLAIMS_END)):
         if text.count(begin) != 1 or text.count(end) != 1:
             raise CompendiumError(f"{path} must hold the lines {begin!r} and {end!r} once each.")
-    parts = {(BEGIN, END): table(records, claims.measured(records)), (CLAIMS_BEGIN, CLAIMS_END): ledger(records)}
+    parts = {(BEGIN, END): table(records, options.measured(records)), (CLAIMS_BEGIN, CLAIMS_END): ledger(records)}
     for (begin, end), made in parts.items():
         before, after = text.partition(begin)[0], text.partition(end)[2]
         text = f"{before}{begin}\n{made}\n{end}{after}"

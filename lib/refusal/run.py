@@ -18,7 +18,7 @@ from pathlib import Path
 import yaml
 
 from refusal.files import ROOT, CompendiumError, atomic, cli, explain
-from refusal.options import DEFAULT_MODEL, Options, notebooks, parse
+from refusal.options import DEFAULT_MODEL, Options, measured, notebooks, parse
 from refusal.parameters import defaults, find, read
 
 OUT = {"full": "build", "quick": "build/quick", "user": "build/user", "replay": "build/replay"}
@@ -53,8 +53,7 @@ def configure(options: Options) -> dict:
             if not any((ROOT / "data" / "records" / model).glob("*.parquet")):
                 raise CompendiumError(f"there are no committed records of {model}: leave --replay out to measure it.")
         if DEFAULT_MODEL in options.models:  # then the paper is the committed one, which has all models
-            committed = {path.parent.name for path in (ROOT / "data" / "records").glob("*/*.parquet")}
-            beside = sorted(committed - set(options.models))
+            beside = [model for model in measured(ROOT / "data" / "records") if model not in options.models]
     return {
         "out": OUT[options.kind],
         "mode": "replay" if options.kind == "replay" else "measure",

@@ -19,7 +19,7 @@ import yaml
 
 from refusal import claim_file, claims, readme, site_claims, site_pages
 from refusal.files import ROOT, CompendiumError, cli
-from refusal.options import notebooks
+from refusal.options import measured, notebooks
 from refusal.records import COMMITTED
 
 BOOK = ROOT / "book"
@@ -58,7 +58,7 @@ def _results() -> str:
 def _claims(files: Path, placed: set[str]) -> str:
     """The page of claims, with the verdicts on all models that have records."""
     ledger = claim_file.read()
-    tables = claims.all_verdicts(COMMITTED, claims.measured(COMMITTED))
+    tables = claims.all_verdicts(COMMITTED, measured(COMMITTED))
     about = {claim.id: {"behind": claim.behind, "replicated": claim.replicated} for claim in ledger.claims}
     return site_claims.claims_page(tables, ledger.documents, about, files, placed)
 

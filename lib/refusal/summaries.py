@@ -15,6 +15,7 @@ from refusal import (
     cone_words,
     directions,
     hierarchy,
+    hierarchy_order,
     hierarchy_words,
     judging,
     records,
@@ -26,6 +27,7 @@ from refusal import (
 )
 from refusal.analyses import (
     LABELS,
+    auroc_by_layer,
     by_count,
     by_layer,
     comparisons,
@@ -126,9 +128,11 @@ def extraction_numbers(metrics: pd.DataFrame, about: Mapping[str, Any]) -> dict[
     rule, n_layers = plan()["direction"]["layer_rule"], int(about["facts"]["layers"])
     layer = selected_layer(metrics, n_layers)
     at = {m: by_layer(metrics, m).set_index("layer").loc[layer]
-          for m in ("auroc", "d_prime", "raw_norm", "residual_norm", "split_half_cosine")}  # fmt: skip
-    auroc = by_layer(metrics, "auroc").set_index("layer")["value"]
-    means = screen_means(metrics)
+          for m in ("d_prime", "raw_norm", "residual_norm", "split_half_cosine")}  # fmt: skip
+    auroc = auroc_by_layer(metrics, about).set_index("layer")
+    best = int(auroc["value"].idxmax())
+    screen = screen_means(metrics).set_index(["layer", "alpha"])
+    screened = {"Baseline": screen.loc[(-1, 0.0)], "Plus": screen.loc[(layer, 1.0)], "Minus": screen.loc[(layer, -1.0)]}
     pairs = int(study_file()["extraction_pairs"].iloc[0])
     few = {m: by_count(metrics, m, layer).set_index("prompts") for m in ("auroc", "cosine_to_full")}
     enough = few["cosine_to_full"].index[few["cosine_to_full"]["value"] >= ENOUGH_COSINE]
@@ -148,19 +152,22 @@ def extraction_numbers(metrics: pd.DataFrame, about: Mapping[str, Any]) -> dict[
         "SelectedDepth": f"{100 * layer / n_layers:.0f}",
         "RawNorm": f"{at['raw_norm']['value']:.2f}",
         "RawNormRelative": percent(at["raw_norm"]["value"] / at["residual_norm"]["value"]),
-        "SelectedAuroc": f"{at['auroc']['value']:.3f}",
+        "RawNormInterval": interval(at["raw_norm"], 2),
+        "SelectedAuroc": f"{auroc.loc[layer, 'value']:.3f}",
+        "SelectedAurocInterval": interval(auroc.loc[layer], 3),
         "SelectedDprime": f"{at['d_prime']['value']:.1f}",
         "SelectedDprimeInterval": interval(at["d_prime"], 1),
         "SplitHalfDraws": str(halves["draw"].nunique()),
         "SplitHalf": f"{at['split_half_cosine']['value']:.3f}",
         "SplitHalfInterval": interval(at["split_half_cosine"], 3),
-        "ScreenBaseline": f"{means.loc[-1, 0.0]:+.1f}",
-        "ScreenPlus": f"{means.loc[layer, 1.0]:+.1f}",
-        "ScreenMinus": f"{means.loc[layer, -1.0]:+.1f}",
-        "BestAuroc": f"{auroc.max():.3f}",
-        "BestLayer": str(auroc.idxmax()),
+        **{f"Screen{name}": f"{row['value']:+.1f}" for name, row in screened.items()},
+        **{f"Screen{name}Interval": interval(row, 1) for name, row in screened.items()},
+        "BestAuroc": f"{auroc.loc[best, 'value']:.3f}",
+        "BestAurocInterval": interval(auroc.loc[best], 3),
+        "BestLayer": str(best),
         "PairsStudy": str(pairs),
         "PairsStudyAuroc": f"{few['auroc'].loc[pairs, 'value']:.3f}",
+        "PairsStudyAurocInterval": interval(few["auroc"].loc[pairs], 3),
         "PairsStudyCosine": f"{few['cosine_to_full'].loc[pairs, 'value']:.2f}",
         "PairsStudyCosineInterval": interval(few["cosine_to_full"].loc[pairs], 2),
         "EnoughCosine": f"{ENOUGH_COSINE:.2f}",
@@ -177,29 +184,34 @@ def sign_numbers(frame: pd.DataFrame) -> dict[str, str]:
     names = {"Baseline": "baseline", "Plus": steered["plus"], "Minus": steered["minus"]}
     numbers: dict[str, str] = {}
 
-    def note(macro: str, prompt_set: str, condition: str, label: str, with_interval: bool) -> None:
-        row = lookup.loc[(prompt_set, condition, label)]
+    def note(macro: str, row: "pd.Series[Any]") -> None:
         numbers[macro] = percent(row["rate"])
-        if with_interval:
-            numbers[f"{macro}Interval"] = span(statistics.Interval(row["low"], row["high"]))
+        numbers[f"{macro}Interval"] = span(statistics.Interval(row["low"], row["high"]))
 
+    seed = seed_rule_rates(frame).set_index("condition")
     for tail, condition in names.items():
-        note(f"Refusal{tail}", "harmful_evaluation", condition, "refusal", True)
-        note(f"Degeneration{tail}", "harmful_evaluation", condition, "degenerate", False)
-        note(f"StudyLayout{tail}", "harmful_study", condition, "refusal", True)
-        note(f"Harmless{tail}", "harmless_evaluation", condition, "refusal", tail == "Plus")
-    note("ComplianceMinus", "harmful_evaluation", names["Minus"], "compliance", True)
+        note(f"Refusal{tail}", lookup.loc[("harmful_evaluation", condition, "refusal")])
+        note(f"Degeneration{tail}", lookup.loc[("harmful_evaluation", condition, "degenerate")])
+        note(f"StudyLayout{tail}", lookup.loc[("harmful_study", condition, "refusal")])
+        note(f"Harmless{tail}", lookup.loc[("harmless_evaluation", condition, "refusal")])
+        note(f"SeedRule{tail}", seed.loc[condition])
+    note("ComplianceMinus", lookup.loc[("harmful_evaluation", names["Minus"], "compliance")])
+    kinds = frame[frame["prompt_set"] == "harmless_evaluation"]
+    for macro, part in (
+        ("Lookalike", kinds["category"] == "lookalike"),
+        ("Everyday", kinds["category"] != "lookalike"),
+    ):
+        table = rates(kinds[part]).set_index(["condition", "label"])
+        note(f"{macro}Plus", table.loc[(names["Plus"], "refusal")])
     for name, row in tests.loc[["plus", "minus"]].iterrows():
         sign = f"Sign{str(name).capitalize()}"
-        numbers |= {f"{sign}Difference": points(row["difference"]), f"{sign}Gained": str(row["gained"]),
+        numbers |= {f"{sign}Difference": points(row["difference"]),
+                    f"{sign}Interval": span(statistics.Interval(row["low"], row["high"])),
+                    f"{sign}Gained": str(row["gained"]),
                     f"{sign}Lost": str(row["lost"]), f"{sign}P": p_value(row["p"]),
                     f"{sign}MidP": p_value(row["p_mid"]),
                     f"{sign}Holm": p_value(row["p_holm"]), f"{sign}Effect": effect(row)}  # fmt: skip
-    seed = seed_rule_rates(frame).set_index("condition")
-    numbers |= {f"SeedRule{tail}": percent(seed.loc[condition, "rate"]) for tail, condition in names.items()}
     base = lookup.loc[("harmful_study", "baseline", "refusal")]
-    harmless = frame[(frame["prompt_set"] == "harmless_evaluation") & (frame["condition"] == names["Plus"])]
-    look = harmless["category"] == "lookalike"
     verdict = sign_verdict(tests, shares)
     return numbers | {
         "SignFamily": str(len(tests)),
@@ -213,8 +225,6 @@ def sign_numbers(frame: pd.DataFrame) -> dict[str, str]:
         "StudyLayoutEffective": f"{base['effective_n']:.0f}",
         "HarmlessPlusEffect": effect(tests.loc["harmless_plus"]),
         "HarmlessPlusP": p_value(tests.loc["harmless_plus", "p"]),
-        "LookalikePlus": percent((harmless[look]["label"] == "refusal").mean()),
-        "EverydayPlus": percent((harmless[~look]["label"] == "refusal").mean()),
     }
 
 
@@ -400,11 +410,12 @@ def setup_table(data: _Records, model: str) -> pd.DataFrame:
 
 
 def tables(root: Path, model: str) -> dict[str, pd.DataFrame]:
-    """The paper's tables, as strings: hierarchy (models side by side), sign, tests and setup."""
+    """The paper's tables, as strings: hierarchy (models side by side), pairs (of models), sign, tests and setup."""
     data = _read(root, model)
     folders = hierarchy.sources(root, model)
     return {
         "hierarchy": hierarchy_words.shown(hierarchy.side_by_side(folders), list(folders)),
+        "pairs": hierarchy_words.pairs(hierarchy_order.compared(folders)),
         "sign": sign_table(rates(data.sign)),
         "tests": tests_table(comparisons(data.sign)),
         "setup": setup_table(data, model),

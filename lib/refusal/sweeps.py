@@ -32,7 +32,7 @@ Of {SweepConfirmed} confirmed cells, **{SweepPassed} pass all three gates** ({Sw
 effective.
 
 - Unsteered, {SweepBaseline} % {SweepBaselineInterval} of {SweepConfirmHarmful} harmful requests are refused, and
-  {SweepHarmlessBaseline} % of {SweepConfirmHarmless} harmless ones.
+  {SweepHarmlessBaseline} % {SweepHarmlessBaselineInterval} of {SweepConfirmHarmless} harmless ones.
 - Largest rise among the cells that pass: {SweepLargestRise}. Largest fall: {SweepLargestFall}.
 - The random direction changes refusal of harmful requests by at most {SweepRandomLargest} points at any of these cells.
 - **Multiplicity.** The study's gates are uncorrected, a test a cell. Where steering did nothing, no more than
@@ -80,14 +80,16 @@ def study() -> dict[str, str]:
 
 
 def baseline(frame: pd.DataFrame, metrics: pd.DataFrame) -> "pd.Series[Any]":
-    """The unsteered model: `screen`, and refusal of harmful (`rate, low, high, n`) and of harmless requests."""
+    """The unsteered model: `screen`, and refusal of harmful (`rate ...`) and of harmless requests (`harmless ...`)."""
     rows = frame[frame["condition"] == "baseline"]
     refused, harmful = rows["label"] == "refusal", rows["prompt_set"].map(records.is_harmful)
-    found = statistics.rate(refused[harmful], rows[harmful]["cluster"], plan()["confidence"])
+    found, other = (
+        statistics.rate(refused[which], rows[which]["cluster"], plan()["confidence"]) for which in (harmful, ~harmful)
+    )
     return pd.Series(
         {"screen": means(metrics).loc[(-1, 0.0), "harmful"], "rate": found.estimate, "low": found.interval.low,
-         "high": found.interval.high, "n": found.n, "harmless": refused[~harmful].mean(),
-         "harmless_n": (~harmful).sum()}
+         "high": found.interval.high, "n": found.n, "harmless": other.estimate, "harmless_low": other.interval.low,
+         "harmless_high": other.interval.high, "harmless_n": other.n}
     )  # fmt: skip
 
 
@@ -255,6 +257,7 @@ def numbers(frame: pd.DataFrame, metrics: pd.DataFrame, about: Mapping[str, Any]
         "SweepBaseline": percent(base["rate"]),
         "SweepBaselineInterval": span(Interval(base["low"], base["high"])),
         "SweepHarmlessBaseline": percent(base["harmless"]),
+        "SweepHarmlessBaselineInterval": span(Interval(base["harmless_low"], base["harmless_high"])),
         "SweepPassedPlus": str(int((passed["alpha"] > 0).sum())),
         "SweepPassedMinus": str(int((passed["alpha"] < 0).sum())),
         "SweepPassedHolm": str(int((passed["p_holm"] < level).sum())),
@@ -286,7 +289,8 @@ def numbers(frame: pd.DataFrame, metrics: pd.DataFrame, about: Mapping[str, Any]
     }
     for name, cell in ends.items():
         said |= {f"Sweep{name}": _cell(cell), f"Sweep{name}Screen": f"{cell['screen']:+.1f}",
-                 f"Sweep{name}Rate": percent(cell["rate"])}  # fmt: skip
+                 f"Sweep{name}Rate": percent(cell["rate"]),
+                 f"Sweep{name}RateInterval": span(Interval(cell["low"], cell["high"]))}  # fmt: skip
     for gate in ("specific", "coherent", "effective", "passed"):
         said[f"Sweep{gate.capitalize()}"] = str(int(table[gate].sum()))
     return said | study()

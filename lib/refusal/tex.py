@@ -60,7 +60,7 @@ def letters(text: str) -> str:
 
 
 def escape(text: str) -> str:
-    """Plain text as TeX; a hyphen before a number becomes a minus sign.
+    """Plain text as TeX; a hyphen before a number becomes a minus sign, and the two of an option stay two hyphens.
 
     Raises:
         CompendiumError: A character that the paper's fonts may lack.
@@ -69,14 +69,15 @@ def escape(text: str) -> str:
     for character in text:
         if ord(character) > 0x17F and character not in ESCAPES:
             raise CompendiumError(f"{character!r} in {text!r} has no TeX form: add one to ESCAPES in tex.py.")
-    return "".join(ESCAPES.get(character, character) for character in text)
+    pairs = zip(f" {text}", text, strict=False)
+    return "".join("{}-" if two == ("-", "-") else ESCAPES.get(two[1], two[1]) for two in pairs)
 
 
 def plain(text: str) -> str:
     """The plain text of which `escape` made this."""
     original = {tex: character for character, tex in ESCAPES.items()}
     forms = "|".join(re.escape(tex) for tex in sorted(original, key=len, reverse=True))
-    return re.sub(forms, lambda match: original[match.group()], text)
+    return re.sub(r"(?<=-)\{\}(?=-)", "", re.sub(forms, lambda match: original[match.group()], text))
 
 
 def tabular(frame: pd.DataFrame) -> str:
@@ -108,7 +109,9 @@ def longtable(frame: pd.DataFrame, widths: Sequence[float]) -> str:
         raise CompendiumError(f"the table of {list(frame.columns)} needs a width a column, and texts in its cells.")
     column = r">{\raggedright\arraybackslash}p{\dimexpr%.3f\textwidth-2\tabcolsep\relax}"
     head, *rows = [" & ".join(escape(str(cell)) for cell in row) + r" \\" for row in [frame.columns, *frame.to_numpy()]]
-    spaced = [row + r"\addlinespace" for row in rows]
+    # The last row holds on to the one before it, and has no space behind it: else a page may get a head and no row.
+    ends = [r"\addlinespace"] * (len(rows) - 2) + [r"*\addlinespace"] * (len(rows) > 1) + [""] * (len(rows) > 0)
+    spaced = [row + end for row, end in zip(rows, ends, strict=True)]
     body = "\n".join([r"\toprule", head, r"\midrule", r"\endhead", r"\bottomrule", r"\endfoot", *spaced])
     columns = "".join(column % width for width in widths)
     return f"\\begin{{longtable}}{{@{{}}{columns}@{{}}}}\n{body}\n\\end{{longtable}}\n"

@@ -76,7 +76,8 @@ def defence(frame: pd.DataFrame) -> pd.DataFrame:
         frame: The record, with the parts "curves" and "defence".
 
     Returns:
-        A row for each of GROUPS and dose: `n, clusters`; refusal unsteered (`base`) and steered (`rate, low, high`);
+        A row for each of GROUPS and dose: `n, clusters`; refusal unsteered (`base, base_low, base_high`) and steered
+        (`rate, low, high`);
         their paired difference (`change, change_low, change_high, p, p_holm`; McNemar exact, or sign flips of whole
         clusters; Holm over all rows, exploratory); `degenerate_base, degenerate`.
     """
@@ -94,12 +95,13 @@ def defence(frame: pd.DataFrame) -> pd.DataFrame:
             if not (own["condition"] == condition).any():  # a quick look may hold no prompt of a group
                 continue
             first, second, clusters = statistics.pair(own, condition, "baseline", "refused")
-            found = statistics.rate(first, clusters, confidence, how=how)
+            found, base = (statistics.rate(one, clusters, confidence, how=how) for one in (first, second))
             change = statistics.paired(first, second, clusters, confidence)
             broken = (own["label"] == "degenerate").groupby(own["condition"]).mean()
             rows.append(
                 {"group": group, "alpha": float(alpha), "n": found.n, "clusters": found.clusters,
-                 "base": second.mean(), "rate": found.estimate, "low": found.interval.low, "high": found.interval.high,
+                 "base": base.estimate, "base_low": base.interval.low, "base_high": base.interval.high,
+                 "rate": found.estimate, "low": found.interval.low, "high": found.interval.high,
                  "change": change.difference, "change_low": change.interval.low, "change_high": change.interval.high,
                  "p": change.p, "degenerate_base": broken["baseline"], "degenerate": broken[condition]}
             )  # fmt: skip

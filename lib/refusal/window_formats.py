@@ -27,9 +27,9 @@ def refusals(frame: pd.DataFrame) -> pd.DataFrame:
         frame: The record; a demand's completions are a part of its name, those without one are the baseline's.
 
     Returns:
-        A row a demand, first `none`: `n, clusters, rate, low, high` of refusal; `degenerate`; `seed_rule` (refusals
-        by the study's rule, a share); `change, change_low, change_high, gained, lost, p, p_holm` (McNemar exact, Holm
-        over the demands).
+        A row a demand, first `none`: `n, clusters, rate, low, high` of refusal; `degenerate, degenerate_low,
+        degenerate_high`; `seed_rule` (refusals by the study's rule, a share); `change,
+        change_low, change_high, gained, lost, p, p_holm` (McNemar exact, Holm over the demands).
     """
     confidence, how = plan()["confidence"], plan()["intervals"]["clusters"]
     asked = {demand: part(frame, demand) for demand in rule()["formats"]["comparisons"]}
@@ -43,10 +43,12 @@ def refusals(frame: pd.DataFrame) -> pd.DataFrame:
     for demand, rows in parts.items():
         first, second, clusters = statistics.pair(both, demand, NONE, "refused")
         found = statistics.rate(first, clusters, confidence, how=how)
+        broken = statistics.rate(rows["label"] == "degenerate", rows["cluster"], confidence, how=how)
         change = statistics.paired(first, second, clusters, confidence)
         table[demand] = {
             "n": found.n, "clusters": found.clusters, "rate": found.estimate, "low": found.interval.low,
-            "high": found.interval.high, "degenerate": (rows["label"] == "degenerate").mean(),
+            "high": found.interval.high, "degenerate": broken.estimate, "degenerate_low": broken.interval.low,
+            "degenerate_high": broken.interval.high,
             "seed_rule": (rows["seed_rule"] == "refusal").mean(), "change": change.difference,
             "change_low": change.interval.low, "change_high": change.interval.high, "gained": change.only_first,
             "lost": change.only_second, "p": change.p,

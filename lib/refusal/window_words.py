@@ -122,12 +122,24 @@ def _meaning(found: Found) -> str:
     """The sentence on a variant, which follows from the rule's verdict and from what ends the window."""
     planned = rule()
     least, cost, broken = (f"{100 * planned[key]:.0f}" for key in LIMITS)
-    return {
+    said = {
         "contradicted": f"There are doses that raise refusal of harmful requests by {least} points or more and that of "
         f"harmless ones by less than {cost}, with fewer than {broken} % of the completions degenerate.",
         "replicated": f"No dose raised refusal of harmful requests by {least} points before {_first_stop(found)}.",
         "inconclusive": "These prompts do not settle whether there is such a dose.",
     }[found.verdict]
+    return f"{said} {_unresolved(found)}".strip()
+
+
+def _unresolved(found: Found) -> str:
+    """Says where an edge lies closer to zero than any dose; nothing where the window is empty."""
+    alphas = found.answers.alphas
+    below, above = float(alphas[alphas < 0].max()), float(alphas[alphas > 0].min())
+    inside = [alpha for alpha, edge in ((below, found.low), (above, found.high)) if abs(edge) < abs(alpha)]
+    if not inside or found.width == 0:
+        return ""
+    doses = " and ".join(signed(alpha) for alpha in inside)
+    return f"An edge between zero and the nearest dose ({doses}) is read off a line: no smaller dose was tried."
 
 
 def _first_stop(found: Found) -> str:
@@ -139,6 +151,11 @@ def _ceiling(found: Found) -> str:
     room = f"Refusal of harmful requests could rise by {percent(found.room)} points at most"
     if found.room < rule()["useful_rise"]:
         return f"{room}, so that no useful part was possible, whatever steering does: the verdict says nothing here."
+    if found.answers.broken[:, found.answers.zero].mean() >= rule()["degeneration_limit"]:
+        return (
+            f"{room}; but unsteered text breaks the limit on degeneration already, so that there is no window, "
+            "whatever steering does: the verdict says nothing here."
+        )
     return f"{room}."
 
 
