@@ -149,9 +149,8 @@ faults() {
 }
 
 BASE=$(find_python) || fail "Python 3.11 or later is needed: install it, or name one with PYTHON=/path/to/python3."
-case "${1:-} ${2:-}" in # their options, if any, are those of other programs
-    "test -h" | "test --help" | "site -h" | "site --help" | "lab -h" | "lab --help") exec "$BASE" lib/refusal/options.py --help ;;
-esac
+case ${1:-} in bench | claims | verify) kind=$1 ;; *) kind="" ;; esac
+case " $* " in *" --help "* | *" -h "*) exec "$BASE" lib/refusal/options.py ${kind:+"$kind"} --help ;; esac
 if [ "${1:-}" = test ]; then
     [ $# = 1 ] || [ "$*" = "test faults" ] || fail "test takes no options but the word faults."
     [ $# = 1 ] && builds_paper=paper || builds_paper=""
@@ -162,8 +161,6 @@ elif [ "${1:-}" = site ]; then
 elif [ "${1:-}" = lab ]; then
     builds_paper="" dry_run=""
 else
-    case ${1:-} in bench | claims | verify) kind=$1 ;; *) kind="" ;; esac
-    case " $* " in *" --help "* | *" -h "*) exec "$BASE" lib/refusal/options.py ${kind:+"$kind"} --help ;; esac
     plan=$("$BASE" lib/refusal/options.py "$@") # ends here with a sentence where an option is wrong
     case $plan in *paper*) builds_paper=paper ;; *) builds_paper="" ;; esac
     case $plan in *dry-run*) dry_run=1 ;; *) dry_run="" ;; esac

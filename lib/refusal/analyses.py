@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import yaml
+from numpy.typing import NDArray
 from scipy import optimize, stats
 
 from refusal import directions, prompts, statistics
@@ -197,6 +198,13 @@ def by_layer(metrics: pd.DataFrame, metric: str) -> pd.DataFrame:
     return pd.DataFrame(columns).reset_index()
 
 
+def mean_interval(values: NDArray[np.float64]) -> tuple[float, Interval]:
+    """A mean over prompts with its t interval."""
+    mean, error = float(np.mean(values)), float(stats.sem(values)) if len(values) > 1 else np.nan
+    reach = error * float(stats.t.isf((1 - plan()["confidence"]) / 2, max(len(values) - 1, 1)))
+    return mean, Interval(mean - reach, mean + reach)
+
+
 def auroc_interval(value: float, positives: int, negatives: int) -> Interval:
     """Interval of an AUROC at the plan's level, from the AUROC alone: records hold no projections of single prompts.
 
@@ -289,7 +297,8 @@ def screen_means(metrics: pd.DataFrame) -> pd.DataFrame:
         `layer, alpha, value, low, high`.
     """
     screen = metrics[(metrics["experiment"] == "screen") & (metrics["metric"] == "log_odds")]
-    found = screen.groupby(["layer", "alpha"])["value"].agg(["mean", "sem", "count"]).reset_index()
-    reach = found["sem"] * stats.t.isf((1 - plan()["confidence"]) / 2, found["count"] - 1)
-    found = found.assign(value=found["mean"], low=found["mean"] - reach, high=found["mean"] + reach)
-    return found[["layer", "alpha", "value", "low", "high"]]
+    rows = []
+    for (layer, alpha), values in screen.groupby(["layer", "alpha"])["value"]:
+        mean, interval = mean_interval(values.to_numpy(dtype=float))
+        rows.append((layer, alpha, mean, interval.low, interval.high))
+    return pd.DataFrame(rows, columns=["layer", "alpha", "value", "low", "high"])

@@ -183,7 +183,7 @@ def _mean_change(values: NDArray[np.float64]) -> dict[str, float]:
         found, equal = statistics.paired(*pairs), statistics.equivalence(*pairs, margin=margin)
         interval, p, p_equal, spread = found.interval, found.p, equal.p, 0.0
     else:
-        _, interval = specificity.mean_interval(values)
+        _, interval = analyses.mean_interval(values)
         spread, freedom = float(stats.sem(values)), n - 1
         p = float(2 * stats.t.sf(abs(mean) / spread, freedom))
         p_equal = float(

@@ -12,7 +12,7 @@ import pandas as pd
 from refusal import analyses, collapse_study, curves, grids, registry
 from refusal.grids import rule, signs
 from refusal.statistics import Interval
-from refusal.wording import detectable, p_value, percent, points, span
+from refusal.wording import detectable, p_value, percent, points, rated, span
 
 HEADLINES = {
     "ThresholdVerdict": "verdict on a collapse of safety at a threshold, regardless of direction",
@@ -192,8 +192,7 @@ def numbers(frame: pd.DataFrame, metrics: pd.DataFrame | None, about: Mapping[st
         "ThresholdNearestEnd": f"{ended['alpha_relative'].min():.1f}",
         "ThresholdLimit": f"{plan['width_limit']:.2f}",
         "ThresholdDraws": str(curves.DRAWS),
-        "ThresholdBaseline": percent(base.loc["compliance", "rate"]),
-        "ThresholdBaselineInterval": span(Interval(*base.loc["compliance", ["low", "high"]])),
+        **rated("ThresholdBaseline", *base.loc["compliance", ["rate", "low", "high"]]),
         "ThresholdPeak": percent(top["peak"]),
         "ThresholdPeakRelative": f"{top['peak_relative']:+.2f}",
         "ThresholdPeakRandom": percent(random["peak"].max()),

@@ -13,12 +13,11 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from refusal import cone_tables, controls, statistics
-from refusal.analyses import plan
+from refusal.analyses import mean_interval, plan
 from refusal.cone_geometry import Counts
 from refusal.cone_screens import member_of
 from refusal.control_screens import family_of
 from refusal.files import CompendiumError
-from refusal.specificity import mean_interval
 from refusal.statistics import Interval
 
 NOTEBOOK = "05_polyhedral_cones"

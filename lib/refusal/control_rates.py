@@ -9,8 +9,7 @@ from refusal import statistics
 from refusal.analyses import LABELS, plan
 from refusal.control_screens import FAMILIES, family_of
 from refusal.files import ROOT
-from refusal.statistics import Interval
-from refusal.wording import percent, points, source_name, span
+from refusal.wording import percent, points, rated, source_name, span
 
 HARMFUL, HARMLESS = "harmful_evaluation", "harmless_evaluation"
 GROUPS = ("baseline", "extracted +1", "extracted -1", *FAMILIES, "ablate extracted", "ablate controls")
@@ -85,18 +84,15 @@ def beside_study(shares: pd.DataFrame, model: str) -> pd.DataFrame:
 def rate_numbers(frame: pd.DataFrame) -> dict[str, str]:
     """Formatted rates of notebook 02, by macro name."""
     shares = rates(frame).set_index(["prompt_set", "group", "outcome"])
+    shown = shares[["rate", "low", "high"]]
     names = {"Baseline": "baseline", "Plus": "extracted +1", "Minus": "extracted -1",
              **{family.capitalize(): family for family in FAMILIES},
              "Ablated": "ablate extracted", "AblatedControls": "ablate controls"}  # fmt: skip
     named: dict[str, str] = {}
     for tail, group in names.items():
-        row = shares.loc[(HARMFUL, group, "refusal")]
-        named[f"ControlsRefusal{tail}"] = percent(row["rate"])
-        named[f"ControlsRefusal{tail}Interval"] = span(Interval(row["low"], row["high"]))
+        named |= rated(f"ControlsRefusal{tail}", *shown.loc[(HARMFUL, group, "refusal")])
         if tail in ("Baseline", "Plus", "Minus", "Random"):
-            row = shares.loc[(HARMLESS, group, "refusal")]
-            named[f"ControlsRefusalHarmless{tail}"] = percent(row["rate"])
-            named[f"ControlsRefusalHarmless{tail}Interval"] = span(Interval(row["low"], row["high"]))
+            named |= rated(f"ControlsRefusalHarmless{tail}", *shown.loc[(HARMLESS, group, "refusal")])
         if group in STUDY_GROUPS.values():
             named[f"ControlsSeed{tail}"] = percent(shares.loc[(HARMFUL, group, "jailbreak"), "rate"])
     average, worst = rate_changes(frame)

@@ -218,8 +218,10 @@ def formats(table: pd.DataFrame, moved: pd.DataFrame, late: Contrast) -> Figure:
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 2.7), width_ratios=(1, 1.5))
     x = np.arange(len(table))
-    for label, head, aside, marker in (("refusal", "", -0.1, "o"), ("degenerate", "degenerate_", 0.1, "^")):
-        values = 100 * table[["rate" if label == "refusal" else label, f"{head}low", f"{head}high"]].to_numpy(float)
+    shown = {"refusal": (["rate", "low", "high"], -0.1, "o"),
+             "degenerate": (["degenerate", "degenerate_low", "degenerate_high"], 0.1, "^")}  # fmt: skip
+    for label, (columns, aside, marker) in shown.items():
+        values = 100 * table[columns].to_numpy(float)
         left.errorbar(x + aside, values[:, 0], np.abs(values[:, 1:].T - values[:, 0]), color=COLOURS[label],
                       marker=marker, linestyle="none", label=label)  # fmt: skip
     left.axhline(100 * table.loc[NONE, "rate"], color="0.6", linestyle=":", linewidth=0.8)

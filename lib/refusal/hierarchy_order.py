@@ -15,11 +15,10 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from refusal import hierarchy, statistics
-from refusal.analyses import plan
+from refusal.analyses import mean_interval, plan
 from refusal.files import CompendiumError
 from refusal.specification import FACTORS, Arm, arms
 from refusal.specification_runs import NOTEBOOK, rule
-from refusal.specificity import mean_interval
 
 MEASURES = ("level", "change")  # compliance when the direction is subtracted, and its rise from the baseline
 

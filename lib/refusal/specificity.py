@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from refusal import control_rates, controls, statistics
-from refusal.analyses import in_words, plan
+from refusal.analyses import in_words, mean_interval, plan
 from refusal.control_rates import HARMFUL, HARMLESS
 from refusal.control_screens import FAMILIES, LIMIT, MATCHED, TOLERANCE, family_of
 from refusal.statistics import Interval
@@ -130,13 +130,6 @@ def by_prompt(metrics: pd.DataFrame, prompt_set: str = HARMFUL, experiment: str 
     baseline = rows[rows["operation"] == "none"].set_index("prompt_id")["value"]
     steered = rows[(rows["experiment"] == experiment) & (rows["operation"] != "none")]
     return steered.pivot(index=["direction_id", "alpha"], columns="prompt_id", values="value") - baseline
-
-
-def mean_interval(values: NDArray[np.float64]) -> tuple[float, Interval]:
-    """A mean over prompts with its t interval."""
-    mean, error = float(np.mean(values)), float(stats.sem(values)) if len(values) > 1 else np.nan
-    reach = error * float(stats.t.isf((1 - plan()["confidence"]) / 2, max(len(values) - 1, 1)))
-    return mean, Interval(mean - reach, mean + reach)
 
 
 def mean_size(changes: NDArray[np.float64], seed: int, samples: int = 1000) -> tuple[float, Interval]:

@@ -43,7 +43,18 @@ from refusal.analyses import (
     study_table,
 )
 from refusal.files import CompendiumError
-from refusal.wording import detectable, p_equals, p_value, people, percent, points, source_format, source_name, span
+from refusal.wording import (
+    detectable,
+    p_equals,
+    p_value,
+    people,
+    percent,
+    points,
+    rated,
+    source_format,
+    source_name,
+    span,
+)
 
 DEFAULT_MODEL = "qwen2.5-coder-0.5b"
 SETS = {
@@ -185,8 +196,7 @@ def sign_numbers(frame: pd.DataFrame) -> dict[str, str]:
     numbers: dict[str, str] = {}
 
     def note(macro: str, row: "pd.Series[Any]") -> None:
-        numbers[macro] = percent(row["rate"])
-        numbers[f"{macro}Interval"] = span(statistics.Interval(row["low"], row["high"]))
+        numbers.update(rated(macro, row["rate"], row["low"], row["high"]))
 
     seed = seed_rule_rates(frame).set_index("condition")
     for tail, condition in names.items():
@@ -197,10 +207,8 @@ def sign_numbers(frame: pd.DataFrame) -> dict[str, str]:
         note(f"SeedRule{tail}", seed.loc[condition])
     note("ComplianceMinus", lookup.loc[("harmful_evaluation", names["Minus"], "compliance")])
     kinds = frame[frame["prompt_set"] == "harmless_evaluation"]
-    for macro, part in (
-        ("Lookalike", kinds["category"] == "lookalike"),
-        ("Everyday", kinds["category"] != "lookalike"),
-    ):
+    look = kinds["category"] == "lookalike"
+    for macro, part in (("Lookalike", look), ("Everyday", ~look)):
         table = rates(kinds[part]).set_index(["condition", "label"])
         note(f"{macro}Plus", table.loc[(names["Plus"], "refusal")])
     for name, row in tests.loc[["plus", "minus"]].iterrows():

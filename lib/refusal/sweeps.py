@@ -15,7 +15,7 @@ from refusal.analyses import plan
 from refusal.files import ROOT
 from refusal.statistics import Interval
 from refusal.sweep_cells import gates, log_odds, means, selected_layer
-from refusal.wording import detectable, percent, span
+from refusal.wording import detectable, percent, rated, span
 
 HEADLINES = {
     "SweepPassed": "sweep: confirmed cells that pass all three gates",
@@ -254,10 +254,8 @@ def numbers(frame: pd.DataFrame, metrics: pd.DataFrame, about: Mapping[str, Any]
         "SweepConfirmed": str(len(table)),
         "SweepConfirmHarmful": f"{base['n']:.0f}",
         "SweepConfirmHarmless": f"{base['harmless_n']:.0f}",
-        "SweepBaseline": percent(base["rate"]),
-        "SweepBaselineInterval": span(Interval(base["low"], base["high"])),
-        "SweepHarmlessBaseline": percent(base["harmless"]),
-        "SweepHarmlessBaselineInterval": span(Interval(base["harmless_low"], base["harmless_high"])),
+        **rated("SweepBaseline", *base[["rate", "low", "high"]]),
+        **rated("SweepHarmlessBaseline", *base[["harmless", "harmless_low", "harmless_high"]]),
         "SweepPassedPlus": str(int((passed["alpha"] > 0).sum())),
         "SweepPassedMinus": str(int((passed["alpha"] < 0).sum())),
         "SweepPassedHolm": str(int((passed["p_holm"] < level).sum())),
@@ -288,9 +286,8 @@ def numbers(frame: pd.DataFrame, metrics: pd.DataFrame, about: Mapping[str, Any]
         "SweepPeak": f"{about['peak_gb']:.1f}",
     }
     for name, cell in ends.items():
-        said |= {f"Sweep{name}": _cell(cell), f"Sweep{name}Screen": f"{cell['screen']:+.1f}",
-                 f"Sweep{name}Rate": percent(cell["rate"]),
-                 f"Sweep{name}RateInterval": span(Interval(cell["low"], cell["high"]))}  # fmt: skip
+        said |= {f"Sweep{name}": _cell(cell), f"Sweep{name}Screen": f"{cell['screen']:+.1f}"}
+        said |= rated(f"Sweep{name}Rate", cell["rate"], cell["low"], cell["high"])
     for gate in ("specific", "coherent", "effective", "passed"):
         said[f"Sweep{gate.capitalize()}"] = str(int(table[gate].sum()))
     return said | study()

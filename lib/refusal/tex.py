@@ -110,9 +110,9 @@ def longtable(frame: pd.DataFrame, widths: Sequence[float]) -> str:
     column = r">{\raggedright\arraybackslash}p{\dimexpr%.3f\textwidth-2\tabcolsep\relax}"
     head, *rows = [" & ".join(escape(str(cell)) for cell in row) + r" \\" for row in [frame.columns, *frame.to_numpy()]]
     # The last row holds on to the one before it, and has no space behind it: else a page may get a head and no row.
-    ends = [r"\addlinespace"] * (len(rows) - 2) + [r"*\addlinespace"] * (len(rows) > 1) + [""] * (len(rows) > 0)
-    spaced = [row + end for row, end in zip(rows, ends, strict=True)]
-    body = "\n".join([r"\toprule", head, r"\midrule", r"\endhead", r"\bottomrule", r"\endfoot", *spaced])
+    rows[-2:-1] = [row + "*" for row in rows[-2:-1]]
+    spaced = "\\addlinespace\n".join(rows)
+    body = "\n".join([r"\toprule", head, r"\midrule", r"\endhead", r"\bottomrule", r"\endfoot", spaced])
     columns = "".join(column % width for width in widths)
     return f"\\begin{{longtable}}{{@{{}}{columns}@{{}}}}\n{body}\n\\end{{longtable}}\n"
 

@@ -77,9 +77,8 @@ def defence(frame: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         A row for each of GROUPS and dose: `n, clusters`; refusal unsteered (`base, base_low, base_high`) and steered
-        (`rate, low, high`);
-        their paired difference (`change, change_low, change_high, p, p_holm`; McNemar exact, or sign flips of whole
-        clusters; Holm over all rows, exploratory); `degenerate_base, degenerate`.
+        (`rate, low, high`); their paired difference (`change, change_low, change_high, p, p_holm`; McNemar exact, or
+        sign flips of whole clusters; Holm over all rows, exploratory); `degenerate_base, degenerate`.
     """
     confidence, how, planned = plan()["confidence"], plan()["intervals"]["clusters"], rule()["defence"]
     curves, layout = part(frame, "curves"), part(frame, "defence")

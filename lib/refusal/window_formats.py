@@ -28,8 +28,8 @@ def refusals(frame: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         A row a demand, first `none`: `n, clusters, rate, low, high` of refusal; `degenerate, degenerate_low,
-        degenerate_high`; `seed_rule` (refusals by the study's rule, a share); `change,
-        change_low, change_high, gained, lost, p, p_holm` (McNemar exact, Holm over the demands).
+        degenerate_high`; `seed_rule` (refusals by the study's rule, a share); `change, change_low, change_high, gained,
+        lost, p, p_holm` (McNemar exact, Holm over the demands).
     """
     confidence, how = plan()["confidence"], plan()["intervals"]["clusters"]
     asked = {demand: part(frame, demand) for demand in rule()["formats"]["comparisons"]}

@@ -12,7 +12,7 @@ from refusal.statistics import Interval
 from refusal.window_answers import UNITS, Answers, answers, signed
 from refusal.window_runs import FIRST, LAST, rule, third
 from refusal.windows import STOPS, Found
-from refusal.wording import p_value, percent, points, span
+from refusal.wording import p_value, percent, points, rated, span
 
 HEADLINES = {
     "WindowVerdict": "verdict on 'no useful window' (many layers)",
@@ -225,7 +225,7 @@ def _unsteered(of: Answers) -> dict[str, str]:
     named = {"WindowBaseBroken": percent(float(of.broken[:, of.zero].mean()))}
     for macro, values, clusters in sides:
         found = statistics.rate(values[:, of.zero], clusters, confidence, how=how)
-        named |= {macro: percent(found.estimate), f"{macro}Interval": span(found.interval)}
+        named |= rated(macro, found.estimate, found.interval.low, found.interval.high)
     return named
 
 

@@ -20,6 +20,11 @@ def span(interval: statistics.Interval, scale: float = 100, digits: int = 1) -> 
     return f"[{scale * interval.low:.{digits}f}, {scale * interval.high:.{digits}f}]"
 
 
+def rated(name: str, rate: float, low: float, high: float) -> dict[str, str]:
+    """A rate in percent and its interval, by macro name: `name` and `nameInterval`."""
+    return {name: percent(rate), f"{name}Interval": span(statistics.Interval(low, high))}
+
+
 def p_value(p: float) -> str:
     """Two significant digits, e.g. "0.038"; "< 0.0001" below that; "1" for 1."""
     if p < 1e-4:
