@@ -116,7 +116,7 @@ packages() {
     done
 }
 
-chromium() {
+browser() {
     local name
     for name in chromium chromium-browser google-chrome; do
         command -v "$name" >/dev/null && return
@@ -186,7 +186,7 @@ environment
 if [ "${1:-}" = test ]; then
     if [ $# = 1 ]; then
         packages site browser
-        chromium
+        browser
     fi
     exec 9>&- # the tests start runs of their own
     if [ $# = 1 ]; then tests; else faults; fi

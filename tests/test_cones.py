@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+import scopes
 
 from refusal import cone_designs, cone_geometry, cone_study, cone_tables, cones, controls
 from refusal.analyses import plan
@@ -92,6 +93,17 @@ def test_statistics_are_those_of_every_matrix_of_a_stack():
         assert whole["top_share"][i, j] == pytest.approx(singular[0] ** 2 / 4)
 
 
+def test_bounds():
+    ends = {name: cones.bounds(name, 4) for name in cones.STATISTICS}
+    assert ends.pop("mean_cosine") == (pytest.approx(-1 / 3), 1)
+    assert ends == {"entropy_rank": (1, 4), "participation": (1, 4), "top_share": (0.25, 1), "mean_abs_cosine": (0, 1)}
+
+
+def test_without_reliability_nothing_is_corrected():
+    made = cones.disattenuated(np.array([[1.0, 0.5, 0.4], [0.5, 1, 0.3], [0.4, 0.3, 1]]), np.array([0.25, 0.0, 1.0]))
+    np.testing.assert_allclose(made, [[1, np.nan, 0.8], [np.nan, 1, np.nan], [0.8, np.nan, 1]])
+
+
 def test_a_squared_norm_that_is_not_positive_has_no_cosine():
     cosine = cones.cosines(np.array([[1.0, 0.5], [0.5, -0.1]]))
     assert cosine[0, 0] == 1 and np.isnan(cosine[0, 1]) and np.isnan(cosine[1, 1])
@@ -101,6 +113,7 @@ def test_trend():
     values = np.array([[4.0, 3.9, 3.7, 3.6], [1, 2, 3, 9], [2, 2, 2, 2], [1, 3, 2, 4]])
     np.testing.assert_allclose(cones.trend(values), [-1, 1, np.nan, 0.8])
     assert float(cones.trend(values[0])) == -1
+    np.testing.assert_allclose(cones.trend(np.array([[1.0, 2.0], [2.0, 1.0]])), [1, -1])
 
 
 # ---- inner products
@@ -192,6 +205,7 @@ def test_random_halves_approach_the_unbiased_product():
     _, across = cones.split_half(inner, weights, cones.shared(4))
     _, unbiased = grams_of(activations, where)
     np.testing.assert_allclose(across, unbiased, atol=0.3)
+    np.testing.assert_allclose(across, across.swapaxes(-1, -2), rtol=1e-12)
     plain, _ = grams_of(activations, where)
     assert (np.diagonal(plain, axis1=1, axis2=2) - np.diagonal(unbiased, axis1=1, axis2=2) > 6).all()
 
@@ -379,7 +393,7 @@ def test_the_planted_null_holds_one_direction_as_long_as_the_measured_one():
 # ---- rows, and tables from them
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope=scopes.module)
 def measured():
     """Geometry of a world with the categories' own directions beside a shared one, stronger at later layers."""
     means = one_direction(width=80, size=5.0) + separate(width=80, size=3.0)

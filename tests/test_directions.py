@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+import scopes
 import torch
 from plain import one_sentence
 from safetensors import safe_open
@@ -119,7 +120,7 @@ def gaussian(n, planted, seed):
     return noise + 3.0 + planted[:, None] * unit
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope=scopes.module)
 def profile():
     none = torch.zeros_like(PLANTED)
     sets = [
@@ -238,6 +239,11 @@ def test_round_trip(made, saved):
     assert about["position"].startswith("last token") and about["library"] and about["layer"] == "3"
 
 
+def test_the_selected_layer_may_be_the_first(made, tmp_path):
+    directions.save(made, tmp_path / "first", layer=0, about=ABOUT)
+    assert directions.load(tmp_path / "first", expect=EXPECT)[1] == 0
+
+
 def test_saving_twice_gives_the_same_bytes(made, saved, tmp_path):
     directions.save(made, tmp_path / "again", layer=3, about=dict(reversed(ABOUT.items())))
     assert (tmp_path / "again").read_bytes() == saved.read_bytes()
@@ -327,6 +333,19 @@ def test_differences_of_all_subsets_equal_a_subset_at_a_time():
     for draw in range(7):
         a, b = (x[chosen[draw].astype(bool)] for x, chosen in zip((harmful, harmless), weights, strict=True))
         torch.testing.assert_close(fast[draw], directions.mean_difference(a, b), rtol=1e-6, atol=1e-6)
+
+
+def test_d_prime_by_hand():
+    harmful, harmless = np.array([[1.0], [2.0], [6.0]]), np.array([[0.0], [1.0]])  # variances 7 and 0.5
+    assert directions._d_prime(harmful, harmless) == pytest.approx((3 - 0.5) / math.sqrt((7 + 0.5) / 2))
+
+
+def test_halves_have_as_many_prompts_as_asked_for(monkeypatch):
+    seen, made = [], directions._differences
+    monkeypatch.setattr(directions, "_differences", lambda *given: seen.append(list(given[2:])) or made(*given))
+    directions._half_cosines(torch.randn(9, 2, 8), torch.randn(7, 2, 8), 3, 5, np.random.default_rng(0))
+    for first, second in zip(*seen, strict=True):
+        assert (first.sum(1) == 3).all() and (second.sum(1) == 3).all() and not (first * second).any()
 
 
 def test_split_halves_are_disjoint():

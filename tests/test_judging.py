@@ -7,6 +7,7 @@ import unicodedata
 import numpy as np
 import pandas as pd
 import pytest
+import scopes
 
 from refusal import judging
 from refusal.files import ROOT, CompendiumError
@@ -15,6 +16,13 @@ NAN = float("nan")
 THRESHOLDS = judging.Thresholds(repetition=0.2, nll=5.0, n=1000)
 EXAMPLES = pd.read_csv(ROOT / "tests" / "data" / "refusal_openings.csv")
 ASKED = "How do I open this door?"
+
+
+@pytest.fixture(autouse=True)
+def _phrases_compiled_anew():
+    if scopes.mutating():
+        judging._find.cache_clear()
+        judging._script.cache_clear()
 
 
 def judge(text, prompt=ASKED, n_tokens=48, reference_nll=1.0, thresholds=THRESHOLDS):
@@ -226,6 +234,11 @@ def test_scripts_that_the_prompt_calls_for(prompt, text):
     assert judge(text, prompt).label == "compliance"
 
 
+def test_a_third_of_the_letters_may_be_foreign():
+    assert not judging.wrong_script("abcdefg你好吗", ASKED) and not judging.wrong_script("ab你", ASKED)
+    assert judging.wrong_script("abc你好", ASKED)
+
+
 @pytest.mark.parametrize(
     ("text", "tokens"), [("", 0), ("", 48), (" \n ", 9), ("Sure", 1), ("Sorry", 1), ("I", 1), ("I can", 2)]
 )
@@ -236,8 +249,10 @@ def test_stubs(text, tokens):
 
 def test_incoherent_text_is_degenerate_and_nan_decides_nothing():
     salad = "door quantum sandwich the of blue engine seventeen whisper parallel or lamp"
-    assert judge(salad, reference_nll=5.01).reason == "incoherent"
-    assert judge(salad, reference_nll=5.0).label == "compliance"
+    made = judge(salad, reference_nll=5.01)
+    assert (made.label, made.reason) == ("degenerate", "incoherent")
+    assert judge(salad, reference_nll=5.0).label == "compliance"  # the threshold itself is no loop and not incoherent
+    assert judge(salad, thresholds=judging.Thresholds(judging.repetition(salad), 5.0, 9)).label == "compliance"
     assert judge(salad, reference_nll=NAN).label == "compliance"
 
 
@@ -285,6 +300,18 @@ def test_said_twice_is_no_loop_and_thrice_is():
 def test_threshold_of_repetition_has_a_least_value():
     plain = [f"door number {chr(97 + i % 26)} of the old house" for i in range(1000)]
     assert judging.calibrate(plain, np.arange(1000.0)).repetition == judging.LEAST_REPETITION
+
+
+def test_the_longest_period_of_a_loop():
+    letters = np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvwxyz"), judging.REACH + 1)
+    found = [judging.repetition("".join(letters[:period]) * 3) for period in (judging.REACH, judging.REACH + 1)]
+    assert found[0] == pytest.approx(1 - 2 * 96 / (3 * 96), abs=0.03) and found[1] == 0
+
+
+def test_digits_count_where_letters_are_less_than_a_quarter():
+    pairs = ["".join(two) for two in itertools.product("bcdfgh", "jklmnp")]  # 36 different ones: no loop of letters
+    quarter, fifth = (" ".join(f"{pair} {digits}" for pair in pairs) for digits in ("123456", "12345678"))
+    assert judging.repetition(quarter) == 0 < judging.repetition(fifth)
 
 
 def test_repetition_does_not_depend_on_length():
@@ -414,6 +441,8 @@ def test_label_frame_says_what_is_missing(column):
 def test_text_that_is_not_stored_cannot_be_labelled():
     with pytest.raises(CompendiumError, match="text"):
         judging.label_frame(frame_of(["Lima.", None]), THRESHOLDS)
+    with pytest.raises(CompendiumError, match="without prompt"):
+        judging.label_frame(frame_of(["Lima.", "Quito."]).assign(prompt=[ASKED, None]), THRESHOLDS)
     assert judging.label_frame(
         frame_of([]).reindex(columns=["text", "prompt", "n_tokens", "reference_nll"]), THRESHOLDS
     ).empty
@@ -468,13 +497,17 @@ HEADER = "phrase,where,language,comment\n"
     ("content", "match"),
     [
         ("phrase,where,language\ni cannot assist,opening,en\n", "comment"),
-        (HEADER + "i cannot assist,opening,en,\n", "line 2.*empty"),
-        (HEADER + "i cannot assist,opening,en,a\nI cannot  ASSIST,opening,en,b\n", "line 3.*doubled"),
+        (HEADER + "i cannot assist,opening,en,\n", r"line 2: a cell is empty: fill it in\.$"),
+        (HEADER + "i cannot assist,opening,en,a\n\ni will not,opening,en,b\n", "line 3: a cell is empty"),
+        (
+            HEADER + "i cannot assist,opening,en,a\nI cannot  ASSIST,opening,en,b\n",
+            r"line 3: the phrase is doubled: remove one\.$",
+        ),
         (HEADER + "I can’t assist,opening,en,a\nI can't assist,opening,en,b\n", "line 3.*doubled"),
-        (HEADER + "i cannot assist,middle,en,a\n", "line 2.*where"),
-        (HEADER + "can't,spelling,en,a\n", "line 2.*a -> b"),
+        (HEADER + "i cannot assist,middle,en,a\n", r"line 2: where is none of spelling, lead-in, .*: correct it\.$"),
+        (HEADER + "can't,spelling,en,a\n", r"line 2: a spelling, and only that, is written a -> b\.$"),
         (HEADER + "can't -> cannot,opening,en,a\n", "line 2.*a -> b"),
-        ("", "columns"),
+        ("", r"columns phrase, where, language, comment \(No columns to parse from file\): restore it\.$"),
         (None, "columns"),
     ],
 )

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import planted
 import pytest
+import scopes
 import torch
 from planted import COMPLIANCE, HARMFUL, HARMLESS, REFUSAL, requests
 
@@ -34,7 +35,7 @@ def extract(model, bad, good):
     return directions.extract(activations.last_token(model, bad), activations.last_token(model, good))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope=scopes.module)
 def extracted(one, harmful, harmless):
     return extract(one.model, harmful, harmless)
 

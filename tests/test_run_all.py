@@ -190,6 +190,13 @@ def test_help_names_every_option_of_the_design(copy):
     assert "./run_all.sh test" in text and not (copy / "build").exists()
 
 
+def test_no_function_of_the_script_hides_a_program_that_it_looks_for():
+    text = (ROOT / "run_all.sh").read_text(encoding="utf-8")
+    wanted = set(re.findall(r"command -v (\w[\w-]*)", text))
+    wanted |= {name for names in re.findall(r"for name in ([\w -]+); do", text) for name in names.split()}
+    assert {"latexmk", "chromium"} <= wanted and not wanted & set(re.findall(r"^(\w+)\(\) \{", text, re.MULTILINE))
+
+
 def test_the_numbers_of_notebooks_may_lack_their_zero():
     assert parse(["--only", "3", "--only", "03"]).only == ("03_sign_inversion",)
 

@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pytest
+import scopes
 import torch
 import twin
 from plain import PROMPTS, Plain, one_sentence
@@ -42,7 +43,7 @@ def directions():
     return Directions("random", unit, torch.tensor([3.0, 6.0, 9.0, 12.0]), torch.tensor([8.0, 10.0, 12.0, 15.0]))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope=scopes.module)
 def conditions(directions):
     """Different operations, layers, signs and positions, to be rows of one batch."""
     return [

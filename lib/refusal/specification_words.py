@@ -52,7 +52,10 @@ def numbers(frame: pd.DataFrame, metrics: pd.DataFrame, own: Sequence[Arm], seed
         "HierarchyPrompts": " and ".join(
             f"{part['prompt_id'].nunique()} ({part['cluster'].nunique()} clusters)" for _, part in sets
         ),
-        "HierarchyDoses": ", ".join(f"{dose:g} {FACTORS['unit'][unit]}" for unit, dose in _doses().items()),
+        "HierarchyDoses": ", ".join(
+            f"{dose:g} {FACTORS['unit'][unit].removesuffix('s' if dose == 1 else '')}"
+            for unit, dose in _doses().items()
+        ),
         "HierarchyStudyDose": f"{rule()['doses']['study']:g}",
         "HierarchyStudyDepth": percent(rule()["layers"]["depth"]).removesuffix(".0"),
         "HierarchyExchanges": str(specification.EXCHANGES),
