@@ -76,6 +76,11 @@ def test_two_proportions_reproduce_the_study(k1, k2, n, z, fisher, digits):
     assert statistics.two_proportions(k2, n, k1, n) == pytest.approx((p_z, p_fisher))
 
 
+def test_two_proportions_of_as_many_in_more():
+    z, _ = statistics.two_proportions(8, 10, 8, 20)
+    assert z == pytest.approx(2 * stats.norm.sf(0.4 / math.sqrt(16 / 30 * 14 / 30 * (1 / 10 + 1 / 20))))
+
+
 def test_two_proportions_without_variance():
     assert statistics.two_proportions(0, 100, 0, 100) == (1.0, 1.0)
     assert statistics.two_proportions(50, 50, 50, 50) == (1.0, 1.0)
@@ -89,9 +94,34 @@ def test_power_reproduces_the_study():
 
 
 def test_wilson_refuses_impossible_counts():
-    for k, n in [(1, 0), (5, 4), (-1, 4), (math.nan, 4)]:
+    for k, n in [(1, 0), (0, 0), (5, 4), (-1, 4), (math.nan, 4)]:
         with pytest.raises(CompendiumError, match="does not exist"):
             statistics.wilson(k, n)
+
+
+def test_wilson_at_its_edges():
+    assert statistics.wilson(0, 30).low == 0 < statistics.wilson(1, 30).low  # exactly 0, which rounding would miss
+    assert statistics.wilson(30, 30).high == 1 > statistics.wilson(29, 30).high
+    assert statistics.wilson(1, 1).high == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "clusters", "how"),
+    [
+        (np.arange(20) < 7, np.arange(20), "t"),
+        (np.tile(np.arange(10) < 3, 10), np.repeat(np.arange(10), 10), "t"),
+        (np.arange(40) < 13, np.repeat(np.arange(8), 5), "t"),
+        (np.arange(40) < 13, np.repeat(np.arange(8), 5), "score"),
+    ],
+)
+def test_every_interval_is_of_the_level_that_is_asked_for(values, clusters, how):
+    inner, outer = (statistics.rate(values, clusters, level, how).interval for level in (0.8, 0.99))
+    assert outer.low < inner.low < inner.high < outer.high
+
+
+def test_an_interval_of_t_ends_at_one():
+    values = np.concatenate([np.ones(35), np.arange(5) < 1])  # seven clusters of ones, and one of a single one
+    assert statistics.rate(values, np.repeat(np.arange(8), 5)).interval.high == 1
 
 
 def test_cluster_interval_by_hand():
@@ -102,11 +132,12 @@ def test_cluster_interval_by_hand():
     assert result.estimate == pytest.approx(0.6)
     assert (result.interval.low, result.interval.high) == pytest.approx((0.403676, 0.796324), abs=1e-6)
     assert result.effective_n == pytest.approx(48)
-    assert "4 df" in result.method
+    assert result.method == "t on cluster means, 4 df"
     # Wilson at 48 x (1.959964 / 2.776445)^2 = 23.9197, with q = 1.959964^2 / 2 / 23.9197 = .080299: centre
     # (.6 + q) / (1 + 2q) = .586163, half width 1.959964 x sqrt(.24 / 23.9197 + q / 2 / 23.9197) / (1 + 2q) = .182760.
-    score = statistics.rate(values, np.repeat(list("abcde"), 10), how="score").interval
-    assert (score.low, score.high) == pytest.approx((0.403403, 0.768923), abs=2e-6)
+    score = statistics.rate(values, np.repeat(list("abcde"), 10), how="score")
+    assert (score.interval.low, score.interval.high) == pytest.approx((0.403403, 0.768923), abs=2e-6)
+    assert score.effective_n == pytest.approx(48) and score.method == "Wilson at the effective n, 4 df"
 
 
 def test_clusters_are_not_counted_as_prompts():
@@ -137,13 +168,13 @@ def test_equal_cluster_means_do_not_give_an_interval_of_no_width(k):
     result = statistics.rate(np.tile(np.arange(10) < k, 10), np.repeat(np.arange(10), 10))
     assert result.interval == statistics.wilson(k, 10)
     assert result.effective_n == 10
-    assert "n = clusters" in result.method
+    assert result.method == "Wilson at n = clusters (equal means)"
 
 
 def test_a_single_cluster_says_nothing():
     result = statistics.rate([1, 0, 1], ["a"] * 3)
     assert (result.interval.low, result.interval.high, result.effective_n) == (0, 1, 1)
-    assert "single cluster" in result.method
+    assert result.method == "none: a single cluster says nothing of others"
 
 
 @pytest.mark.parametrize(
@@ -231,7 +262,7 @@ def test_paired_flips_whole_clusters():
     result = statistics.paired([1] * 20, [0] * 20, np.repeat(list("abcd"), 5))
     assert result.p == pytest.approx(2 / 16)
     assert result.interval == statistics.tango(4, 0, 4)
-    assert "equal means" in result.method
+    assert result.method == "exact sign flips of whole clusters; interval: Tango at n = clusters (equal means)"
     assert (result.n, result.clusters, result.difference) == (20, 4, 1.0)
 
 
@@ -259,7 +290,8 @@ def test_equivalence_by_hand():
     # No disagreement in 100: the score at +-.1 is 10 / sqrt(100 x .1 x .9) = 3.3333.
     same = statistics.equivalence(*arms(0, 0, 50, 50), range(100))
     assert same.p == pytest.approx(stats.norm.sf(10 / 3))
-    assert (same.n, same.clusters, same.margin) == (100, 100, 0.10)
+    assert (same.n, same.clusters, same.margin, same.method) == (100, 100, 0.10, "two one-sided tests, Tango")
+    assert statistics.equivalence(*arms(9, 2, 40, 49), range(100)).difference == pytest.approx(0.07)
     # Cluster differences .1 0 -.1 0 0: se .0316228, t(4) = .1 / se = 3.162278, 90 % quantile 2.131847.
     first, second = np.zeros(50, bool), np.zeros(50, bool)
     first[0], second[20] = True, True
@@ -314,6 +346,9 @@ def test_holm_by_hand():
     assert statistics.holm({}) == {}
     with pytest.raises(CompendiumError, match="outside"):
         statistics.holm({"a": 0.04, "b": math.nan})
+    with pytest.raises(CompendiumError, match="outside"):
+        statistics.holm({"a": 1.5})
+    assert statistics.holm({"a": 0.0, "b": 1.0}) == {"a": 0, "b": 1}
 
 
 # --- bootstrap -------------------------------------------------------------------------------------------------------
@@ -333,6 +368,16 @@ def test_bootstrap_interval():
     assert once.low < effect_size(a, b) < once.high
     assert once.high - once.low == pytest.approx(2 * 1.96 * math.sqrt(2 / 64 + 1 / 4 / 64), rel=0.25)
     assert statistics.bootstrap_interval(np.mean, np.ones(20), seed=1) == statistics.Interval(1.0, 1.0)
+
+
+def test_bootstrap_interval_is_corrected_for_skewness():
+    values = np.random.default_rng(4).exponential(size=30)
+    drawn = [
+        stats.bootstrap((values,), np.mean, n_resamples=400, method=method, rng=np.random.default_rng(5))
+        for method in ("BCa", "percentile")
+    ]
+    corrected, plain = (statistics.Interval(*map(float, one.confidence_interval)) for one in drawn)
+    assert statistics.bootstrap_interval(np.mean, values, seed=5, draws=400) == corrected != plain
 
 
 # --- pairing ---------------------------------------------------------------------------------------------------------
@@ -369,10 +414,15 @@ def test_pair_names_what_is_missing_or_doubled(record):
 
     baseline = record["condition"] == "baseline"
     refused(record[~(baseline & record["prompt_id"].isin(["p-004"]))], "no row under 'baseline' for p-004:?")
-    refused(record[baseline | (record["prompt_id"] > "p-006")], "no row under 'extracted .1' for .*p-004 and 2 more")
+    five = "p-000, p-001, p-002, p-003, p-004"
+    for last, more in (("p-006", " and 2 more"), ("p-005", " and 1 more"), ("p-004", "")):
+        some = record[baseline | (record["prompt_id"] > last)]
+        refused(some, rf"^'extracted \+1' and 'baseline' cannot .* under 'extracted .1' for {five}{more}\.$")
     refused(pd.concat([record, record[baseline].head(1)]), "more than one row under 'baseline' for p-000")
     swapped = record.assign(cluster=record["cluster"].where(~baseline | (record["prompt_id"] != "p-009"), "c-0"))
     refused(swapped, "more than one cluster for p-009")
+    lost = record.assign(cluster=record["cluster"].where(~baseline | (record["prompt_id"] != "p-009")))
+    refused(lost, "more than one cluster for p-009")
     other = record.assign(prompt_id=record["prompt_id"].where(~baseline, "q" + record["prompt_id"]))
     refused(other, "no row under")
     refused(record, "no condition 'random.3.': it has .*'baseline', 'extracted .1'", second="random[3]")
