@@ -440,6 +440,28 @@ def test_sampled_frequencies_follow_softmax(model, plain):
 # ---- reference NLL and screen
 
 
+def test_sampling_inverts_the_cdf_of_a_vocabulary_of_several_blocks():
+    logits = 3 * torch.randn(4, 1300, generator=torch.Generator().manual_seed(0))
+    logits[1, :700] = logits[2, 900:] = logits[3, [*range(600), *range(800, 1300)]] = -torch.inf
+    width = logits.shape[1] + -logits.shape[1] % steering.BLOCK
+    weights, lse = steering._weights(logits, torch.empty(4, width))
+    torch.testing.assert_close(lse, logits.logsumexp(-1))
+    edges = logits.double().softmax(-1).cumsum(-1).numpy()
+    drawn = [0.0, 1e-9, *np.random.default_rng(1).random(300), np.nextafter(1, 0)]
+    for uniform in drawn:
+        rows = [3, 0, 2, 1]
+        found = steering._sample(weights, rows, torch.full((4,), uniform, dtype=torch.float64))
+        slow = [np.searchsorted(edges[row] / edges[row, -1], uniform, side="right") for row in rows]
+        assert found.tolist() == slow
+    with pytest.raises(ValueError, match="shorter"):
+        steering._sample(weights, [0, 1], torch.zeros(1, dtype=torch.float64))
+
+
+def test_a_reader_of_first_tokens_is_told_whose_they_are(model, conditions):
+    read = steering.first_token(model, PROMPTS, conditions, lambda logits, prompt: prompt + logits[:, 0] * 0)
+    assert torch.equal(read, torch.arange(len(PROMPTS)).float()[:, None].expand(-1, len(conditions)))
+
+
 def test_reference_nll_is_that_of_the_unsteered_model(model, conditions):
     """Whatever was done to the row: read off the trunk, which sees the same tokens."""
     some = [*conditions, steering.sampled(3)]
