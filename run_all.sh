@@ -18,6 +18,10 @@ fail() {
     exit 2
 }
 
+busy() {
+    fail "another run is under way in $PWD: wait for its end, or stop it (Ctrl-C where it runs; it goes on later)."
+}
+
 # Whether packages of the distribution may be installed here, and how.
 as_root() {
     if [ "$(id -u)" = 0 ]; then "$@"; else sudo -n "$@"; fi
@@ -60,6 +64,7 @@ environment() {
     local wanted
     wanted=$({ cat requirements.lock pyproject.toml && pwd && "$BASE" -V; } | sha256sum)
     if [ -x "$PY" ] && [ "$(cat .venv/stamp 2>/dev/null)" = "$wanted" ]; then return; fi
+    [ -n "$alone" ] || busy
     mkdir -p build/logs
     : >"$LOG"
     if ! "$BASE" -c "import ensurepip, venv" 2>/dev/null; then # Debian packs this part of Python on its own
@@ -69,7 +74,7 @@ environment() {
         say "installing $version from the distribution"
         install_packages "$version" || fail "$version could not be installed: see $LOG."
     fi
-    say "making the environment in .venv (once; some minutes, about 1.5 GB)"
+    say "making the environment in .venv (once; two to four minutes, about 2.2 GB; what it does: $LOG)"
     rm -rf .venv
     local start=$SECONDS
     logged "$BASE" -m venv .venv
@@ -167,7 +172,8 @@ else
 fi
 if [ -n "$dry_run" ]; then
     if [ ! -e .venv/stamp ] && [ "${REFUSAL_ENV:-}" != active ]; then
-        echo "would do  environment in .venv, then weights, notebooks and paper (its steps can be listed once it is made)"
+        echo "would do  environment in .venv (two to four minutes, 2.2 GB), then weights, notebooks and paper (the README says"
+        echo "          how long they take; once the environment is made, --dry-run lists them with time and memory for this machine)"
         exit 0
     fi
     [ "${REFUSAL_ENV:-}" = active ] && PY=$(command -v python) || PY=$PWD/.venv/bin/python
@@ -177,9 +183,11 @@ fi
 # One run at a time in a folder. The lock ends with this process, and is not handed to those that it starts.
 mkdir -p build/logs 2>/dev/null && { : >>build/.lock; } 2>/dev/null ||
     fail "no permission to write $PWD/build: change its owner or mode."
+alone=1
 if command -v flock >/dev/null; then
     exec 9>build/.lock
-    flock -n 9 || fail "another run is under way in $PWD: wait for its end, or stop it."
+    flock -n 9 || alone=""
+    [ -n "$alone" ] || [ "${1:-}" = claims ] || busy # who only reads the ledger may do so beside a run
 fi
 environment
 [ -z "$builds_paper" ] || tex

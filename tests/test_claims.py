@@ -371,14 +371,18 @@ def test_the_command_prints_the_ledger(copied, capsys):
     assert claims.main(["--records", str(copied[0])]) == 0
     out = capsys.readouterr().out
     assert claims.sentence(copied[1], MODEL) in out
-    assert all(f" {one.id}\n" in out for one in LEDGER.claims)
+    assert all(f"\n  {one.id}: {one.claim.split()[0]}" in out for one in LEDGER.claims)
+    assert len(re.findall(r"^ {6}[a-z ]+ on Qwen2.5-Coder-0.5B-Instruct: ", out, re.MULTILINE)) == len(LEDGER.claims)
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["sign-invertion"], 'there is no claim "sign-invertion": did you mean "sign-inversion"?'),
+        (["sign-m"], 'there is no claim "sign-m": did you mean "sign-'),
+        (["mistral-random"], 'there is no claim "mistral-random": did you mean "controls-mistral-random"?'),
         (["--model", "gpt"], 'there is no model "gpt": the known ones are qwen2.5-coder-0.5b'),
+        (["--model", "llama"], 'there is no model "llama": did you mean "llama-3.1-8b"?'),
         (["--records", "nowhere"], 'there is no folder "nowhere" with records'),
         (["--mod", MODEL], "unrecognized arguments"),
     ],

@@ -265,7 +265,7 @@ def test_compare_says_what_differs_and_how(project, tmp_path):
     assert "nothing is committed yet" in paper.compare(built, tmp_path / "empty")[0]
     write_record(project / "records" / OTHER / "03_sign_inversion.parquet", 3.0)
     new = paper.generate(project / "records", tmp_path / "new")
-    assert paper.compare(built, new) == ["all 3 headline numbers equal the committed ones."]
+    assert paper.compare(built, new) == ["all 3 headline numbers of 1 model equal the committed ones."]
     assert paper.compare(new, built) == [f"{OTHER}: nothing is committed for this model yet"]
     write_record(project / "records" / DEFAULT / "03_sign_inversion.parquet", 60.5)
     newer = paper.generate(project / "records", tmp_path / "newer")

@@ -152,7 +152,7 @@ def ran(folder):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--modle", "x"], "unrecognized arguments: --modle x"),
+        (["--modle", "x"], 'unrecognized arguments: --modle x: did you mean "--model"? ./run_all.sh --help lists'),
         (["--mod", MODEL], "unrecognized arguments: --mod"),
         (["--model", "gpt"], 'no model "gpt": the known ones are qwen2.5-coder-0.5b, '),
         (["--model"], "expected one argument"),
@@ -165,7 +165,7 @@ def ran(folder):
         (["--publish", "--replay"], "excludes --replay"),
         (["--publish", "--only", "03"], "excludes --only"),
         (["--publish", "--dry-run"], "excludes --dry-run"),
-        (["tset"], "unrecognized arguments: tset"),
+        (["tset"], 'unrecognized arguments: tset: did you mean "test"?'),
         (["test", "--quick"], "test takes no options"),
         (["claims", "sign-up"], 'no claim "sign-up"'),
         (["site", "--quick"], "site takes no options"),

@@ -234,17 +234,23 @@ def _filled(name: str, text: str) -> list[str]:
     return textwrap.wrap(text, 110, initial_indent=f"{name:>21}  ", subsequent_indent=" " * 23, break_on_hyphens=False)
 
 
+def _indented(text: str, first: int, others: int) -> list[str]:
+    return textwrap.wrap(text, 112, initial_indent=" " * first, subsequent_indent=" " * others)
+
+
 def report(tables: Mapping[str, pd.DataFrame]) -> str:
-    """The whole ledger, for a terminal."""
-    ledger, lines = claim_file.read(), []
-    for model, table in tables.items():
-        lines += [sentence(table, model), ""]
-        for document, name in ledger.documents.items():
-            lines += [name, ""]
-            for _, row in table[table["document"] == document].iterrows():
-                lines += [f"  {row['verdict']:<18} {row['claim']}"]
-                lines += textwrap.wrap(_said(row), 96, initial_indent=" " * 21, subsequent_indent=" " * 21)
+    """The whole ledger, for a terminal: each claim, with what was found on each model; the counts last."""
+    ledger, lines = claim_file.read(), ["A claim about another model is put to ours: the effect is compared.", ""]
+    first = next(iter(tables.values()))
+    for document, name in ledger.documents.items():
+        lines += [name, ""]
+        for number, row in first[first["document"] == document].iterrows():
+            lines += _indented(f"{row['claim']}: {row['sentence']}", 2, 2)
+            for model, table in tables.items():
+                found = table.loc[number]
+                lines += _indented(f"{found['verdict']} on {people(model)}: {_said(found)}", 6, 8)
             lines.append("")
+    lines += [sentence(table, model) for model, table in tables.items()]
     return "\n".join([*lines, "./run_all.sh claims ID shows source, rule, command, record and figure of a claim."])
 
 

@@ -56,9 +56,23 @@ class Options:
         return self.kind in ("full", "replay") and not self.only
 
 
+COMMANDS = tuple(re.findall(r"run_all\.sh (\w+)", EPILOG))
+
+
+def _near(word: str, known: Sequence[str]) -> str:
+    """A question after the known word that is meant, "" where none is near: the likest, or one that begins so."""
+    found = difflib.get_close_matches(word, known, n=1) or [one for one in known if len(word) > 2 and word in one]
+    return f': did you mean "{found[0]}"?' if found else ""
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message.rstrip('.')}; {self.prog} --help lists the options.\n")
+        if message.startswith("unrecognized arguments: "):
+            first = message.partition(": ")[2].split()[0]
+            known = [*self._option_string_actions] if first.startswith("-") else COMMANDS
+            message += _near(first.partition("=")[0], known)
+        joint = " " if message.endswith("?") else "; "
+        self.exit(2, f"error: {message.rstrip('.')}{joint}{self.prog} --help lists the options.\n")
 
     def add_model(self) -> None:
         """The option of commands that take one model."""
@@ -70,7 +84,8 @@ class _Parser(argparse.ArgumentParser):
         registry = _models()
         for model in given:
             if model not in registry:
-                self.error(f'there is no model "{model}": the known ones are {", ".join(registry)}')
+                hint = _near(model, list(registry)) or f": the known ones are {', '.join(registry)}"
+                self.error(f'there is no model "{model}"{hint}')
         return registry
 
 
@@ -105,7 +120,7 @@ def parse(arguments: Sequence[str]) -> Options:
     add("--only", action="append", default=[], metavar="03", help="this notebook, and those it needs; repeatable")
     add("--quick", action="store_true", help="few prompts, for a first look; into build/quick")
     add("--replay", action="store_true", help="figures and paper from the committed records: no model, no network")
-    add("--prompts", metavar="FILE", help="evaluate on your own prompts; into build/user, and printed")
+    add("--prompts", metavar="FILE", help="evaluate on your own prompts, with the direction from ours; printed")
     add("--dry-run", action="store_true", help="print what would be done, and the memory and time it takes; do nothing")
     add("--cores", type=int, metavar="N", help="processor cores to use (default: all)")
     add("--profile", default="", metavar="NAME", help="a Snakemake profile, e.g. for a cluster")
@@ -205,9 +220,7 @@ def parse_claims(arguments: Sequence[str]) -> ClaimsOptions:
     known = re.findall(r"^  - id: (\S+)", text, re.MULTILINE)
     for claim in given.claims:
         if claim not in known:
-            near = difflib.get_close_matches(claim, known, n=1)
-            hint = f'did you mean "{near[0]}"?' if near else "data/claims.yaml lists them"
-            parser.error(f'there is no claim "{claim}": {hint}')
+            parser.error(f'there is no claim "{claim}"{_near(claim, known) or ": data/claims.yaml lists them"}')
     if given.records is not None and not Path(given.records).is_dir():
         parser.error(f'there is no folder "{given.records}" with records: check the path')
     return ClaimsOptions(tuple(given.claims), tuple(given.model), given.records or "")

@@ -182,7 +182,8 @@ def compare(built: Path, committed: Path) -> list[str]:
             count += now != "missing"
             if was != now:
                 lines.append(f"{model}: {label}: committed {was}, now {now}{_change(was, now)}")
-    return lines or [f"all {count} headline numbers equal the committed ones."]
+    of = f"{len(new_models)} model{'s' * (len(new_models) > 1)}"
+    return lines or [f"all {count} headline numbers of {of} equal the committed ones."]
 
 
 def check(paper: Path, generated: Path, records: Path = ROOT / "data" / "records") -> list[str]:

@@ -9,7 +9,8 @@ from refusal.files import CompendiumError, atomic
 BEGIN, END = "<!-- results: written by ./run_all.sh --publish -->", "<!-- /results -->"
 CLAIMS_BEGIN, CLAIMS_END = "<!-- claims: written by ./run_all.sh --publish -->", "<!-- /claims -->"
 ROWS = (
-    ("agreement of the labels with readers (kappa), text not used for writing the rules: this model's; all models'",
+    ("agreement of our labels with readers (kappa: 1 is perfect, 0 is chance), on text that was not used for writing "
+     "the rules: this model's; all models'",
      "{LabelsKappaOwn}; {LabelsKappa} {LabelsKappaInterval} (the study's rule {LabelsSeedKappa})", "00"),
     ("AUROC of held-out harmful and harmless prompts",
      "{SelectedAuroc} {SelectedAurocInterval} at layer {SelectedLayer}", "01"),

@@ -164,6 +164,9 @@ def run(options: Options, config: dict, folder: Path) -> None:
     if not options.dry_run:
         not_ahead(ROOT / config["out"])
     jobs, status = 0, 1
+    kept = {model: len(list((ROOT / "build" / "chunks" / model).glob("*"))) for model in options.models}
+    if config["mode"] == "measure" and not options.dry_run and any(kept.values()):
+        print(f"goes on: {sum(kept.values())} measured parts lie in build/chunks/, and are not measured again")
     try:
         for event in follow(command(options, config, config_file), log):
             kind, _, what = event.partition(": ")
@@ -205,6 +208,8 @@ def results(options: Options, config: dict) -> None:
 
     out = ROOT / config["out"]
     records = (ROOT / "data" if options.kind == "replay" else out) / "records"
+    if options.kind == "quick":
+        print("\na quick look: so few prompts show that all works, and are too few for a conclusion.")
     for model in options.models:
         print(f"\nheadline numbers, {model}:" if options.paper else f"\nresults, {model}:")
         if options.paper:
