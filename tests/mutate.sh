@@ -3,7 +3,7 @@
 #
 #   tests/mutate.sh                        all mutants; hours, and the same command goes on after a stop
 #   tests/mutate.sh 'refusal.cones.*'      some; mutmut's names, with wildcards
-#   tests/mutate.sh --show NAME            what a mutant changes
+#   tests/mutate.sh --show NAME            what a mutant changes; survivors.txt has it of all that survived
 #
 # mutmut finds a package in ./ or src/ only, so it works on a copy in build/mutation, where lib is called src. mutmut
 # itself lies there too, behind the locked packages: the environment stays as the lock says.
@@ -38,4 +38,20 @@ import json, pathlib
 found = json.loads(pathlib.Path("mutants/mutmut-cicd-stats.json").read_text())
 dead, alive = found["killed"] + found.get("timeout", 0), found["survived"] + found.get("no_tests", 0)
 print(f"{dead} of {dead + alive} mutants died: {dead / max(1, dead + alive):.1%}; build/{pathlib.Path.cwd().name} has them all")
+END
+"$PY" - <<'END' >survivors.txt
+import collections, json, os, pathlib, sys
+
+sys.path.append(os.environ["TOOL"])
+from mutmut.mutation.diff_apply import get_diff_for_mutant
+
+for path in sorted(pathlib.Path("mutants/src/refusal").glob("*.meta")):
+    codes = json.loads(path.read_text())["exit_code_by_key"]
+    count = collections.Counter("alive" if code in (0, 33) else "dead" for code in codes.values() if code is not None)
+    if not count:
+        continue
+    print(f"# {path.name.partition('.')[0]}: {count['dead']} of {count.total()} died, {count['dead'] / count.total():.1%}")
+    for name in (name for name, code in codes.items() if code in (0, 33)):
+        changed = [line for line in get_diff_for_mutant(name).splitlines()[2:] if line[:1] in "+-"]
+        print(name.removeprefix("refusal."), *(f"  {line[0]} {line[1:].strip()}" for line in changed), sep="\n")
 END
