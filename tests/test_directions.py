@@ -193,6 +193,31 @@ def test_few_prompts_show_less(profile):
     np.testing.assert_allclose(mean(profile, "d_prime", "extracted[256]"), mean(profile, "d_prime"), rtol=1e-5)
 
 
+def test_few_prompts_give_a_longer_and_slanted_direction(profile):
+    """The noise of n prompts a side lengthens it, and a part of SIDE prompts shares the noise of the whole."""
+    d2, whole = (PLANTED**2).numpy(), 2 * WIDTH / SIDE
+    for n in (16, 64, 128):
+        own = 2 * WIDTH / n
+        np.testing.assert_allclose(mean(profile, "raw_norm", f"extracted[{n}]"), np.sqrt(d2 + own), rtol=0.1)
+        cosine = np.sqrt((d2 + whole) / (d2 + own))
+        np.testing.assert_allclose(mean(profile, "cosine_to_full", f"extracted[{n}]"), cosine, atol=0.05)
+    np.testing.assert_allclose(mean(profile, "cosine_to_full", "extracted[256]"), 1, rtol=1e-5)
+
+
+def test_every_draw_has_its_number(profile):
+    some = profile[profile["direction_id"].str.contains("[", regex=False)]
+    draws = some.groupby(["metric", "direction_id", "layer"])["draw"].agg(list).unstack("layer")
+    for (metric, name), row in draws.iterrows():
+        expected = list(range(1 if name == "extracted[256]" else 30))
+        assert all(found == expected for found in row), (metric, name)
+    four = ("auroc", "d_prime", "raw_norm", "cosine_to_full")
+    counted = {(metric, n) for metric in four for n in directions.PROMPT_COUNTS if n <= SIDE}
+    counted |= {("split_half_cosine", n) for n in directions.PROMPT_COUNTS if 2 * n <= SIDE}  # up to 128
+    assert set(draws.index) == {(metric, f"extracted[{n}]") for metric, n in counted}
+    rest = profile[(profile["metric"] != "split_half_cosine") & (profile["direction_id"] == "extracted")]
+    assert (rest["draw"] == 0).all() and profile.index.equals(pd.RangeIndex(len(profile)))
+
+
 def test_profile_counts_draws_and_repeats_itself(profile):
     counts = profile[profile["metric"] == "auroc"].groupby(["direction_id", "layer"]).size().unstack()
     assert (counts.loc["extracted[5]"] == 30).all() and (counts.loc[["extracted", "extracted[256]"]] == 1).all().all()

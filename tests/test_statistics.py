@@ -231,6 +231,7 @@ def test_tango_at_its_edges():
     assert (nothing.low, nothing.high) == pytest.approx((-(z**2) / (100 + z**2), z**2 / (100 + z**2)))
     assert statistics.tango(5, 0, 5).high == 1
     assert statistics.tango(0, 5, 5).low == -1
+    assert statistics.tango(6, 4, 10).high < 1  # all disagree, but not all the same way
     there, back = statistics.tango(9, 2, 40), statistics.tango(2, 9, 40)
     assert (there.low, there.high) == pytest.approx((-back.high, -back.low))
     assert there.high - there.low < statistics.tango(9, 2, 40, level=0.99).high - statistics.tango(9, 2, 40, 0.99).low
@@ -273,13 +274,26 @@ def test_paired_cluster_interval_by_hand():
     result = statistics.paired(first, second, np.repeat(list("abcd"), 10))
     assert (result.interval.low, result.interval.high) == pytest.approx((-0.059846, 0.459846), abs=1e-6)
     assert result.p == pytest.approx(4 / 16)  # sums 4 2 0 2: +-8 is reached by 4 of the 16 flips
+    assert result.method == "exact sign flips of whole clusters; interval: t, 3 df"
     other = statistics.paired(second, first, np.repeat(list("abcd"), 10))
     assert (other.difference, other.only_first) == (pytest.approx(-0.2), result.only_second)
     assert (other.interval.low, other.p) == (pytest.approx(-result.interval.high), result.p)
 
 
+def test_paired_intervals_of_one_and_of_two_clusters():
+    alone = statistics.paired([1, 0], [0, 0], ["a", "a"])
+    assert alone.interval == statistics.tango(0.5, 0, 1) and "equal means" in alone.method
+    two = statistics.paired([1, 0, 0, 0], [0, 0, 0, 0], list("aabb"))  # mean .25, t(1) 12.706 x .25
+    assert two.interval == statistics.Interval(-1.0, 1.0) and two.method.endswith("t, 1 df")
+
+
+def test_paired_intervals_are_of_the_level_that_is_asked_for():
+    inner, outer = (statistics.paired(*arms(9, 2, 40, 49), range(100), level).interval for level in (0.8, 0.99))
+    assert outer.low < inner.low < inner.high < outer.high
+
+
 def test_paired_refuses_arms_of_different_length():
-    with pytest.raises(CompendiumError, match="one entry a prompt"):
+    with pytest.raises(CompendiumError, match=r"one entry a prompt, and have the shapes \(2,\), \(1,\), \(2,\): pair"):
         statistics.paired([True, False], [True], ["a", "b"])
 
 
