@@ -31,27 +31,25 @@ if [ "${1:-}" = --show ]; then
 fi
 mutmut run --max-children "${CHILDREN:-2}" "$@"
 mutmut results | grep -v ": not checked" || true
-mutmut export-cicd-stats >/dev/null
 "$PY" - <<'END'
-import json, pathlib
-
-found = json.loads(pathlib.Path("mutants/mutmut-cicd-stats.json").read_text())
-dead, alive = found["killed"] + found.get("timeout", 0), found["survived"] + found.get("no_tests", 0)
-print(f"{dead} of {dead + alive} mutants died: {dead / max(1, dead + alive):.1%}; build/{pathlib.Path.cwd().name} has them all")
-END
-"$PY" - <<'END' >survivors.txt
-import collections, json, os, pathlib, sys
+import json, os, pathlib, sys
 
 sys.path.append(os.environ["TOOL"])
 from mutmut.mutation.diff_apply import get_diff_for_mutant
+from mutmut.stats import status_by_exit_code
 
+DEAD, ALIVE = ("killed", "timeout"), ("survived", "no tests")
+lines, died, lived = [], 0, 0
 for path in sorted(pathlib.Path("mutants/src/refusal").glob("*.meta")):
     codes = json.loads(path.read_text())["exit_code_by_key"]
-    count = collections.Counter("alive" if code in (0, 33) else "dead" for code in codes.values() if code is not None)
-    if not count:
-        continue
-    print(f"# {path.name.partition('.')[0]}: {count['dead']} of {count.total()} died, {count['dead'] / count.total():.1%}")
-    for name in (name for name, code in codes.items() if code in (0, 33)):
+    status = {name: status_by_exit_code[code] for name, code in codes.items()}
+    dead, alive = (sum(one in which for one in status.values()) for which in (DEAD, ALIVE))
+    died, lived = died + dead, lived + alive
+    if dead + alive:
+        lines.append(f"# {path.name.partition('.')[0]}: {dead} of {dead + alive} died, {dead / (dead + alive):.1%}")
+    for name in (name for name, one in status.items() if one in ALIVE):
         changed = [line for line in get_diff_for_mutant(name).splitlines()[2:] if line[:1] in "+-"]
-        print(name.removeprefix("refusal."), *(f"  {line[0]} {line[1:].strip()}" for line in changed), sep="\n")
+        lines += [name.removeprefix("refusal."), *(f"  {line[0]} {line[1:].strip()}" for line in changed)]
+pathlib.Path("survivors.txt").write_text("\n".join(lines) + "\n")
+print(f"{died} of {died + lived} mutants died: {died / max(1, died + lived):.1%}; build/mutation/survivors.txt has the others")
 END

@@ -60,7 +60,7 @@ COMMANDS = tuple(re.findall(r"run_all\.sh (\w+)", EPILOG))
 
 
 def _near(word: str, known: Sequence[str]) -> str:
-    """A question after the known word that is meant, "" where none is near: the likest, or one that begins so."""
+    """A question after the known word that is meant, "" where none is near: the likest, or one that holds it."""
     found = difflib.get_close_matches(word, known, n=1) or [one for one in known if len(word) > 2 and word in one]
     return f': did you mean "{found[0]}"?' if found else ""
 

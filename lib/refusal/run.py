@@ -164,9 +164,10 @@ def run(options: Options, config: dict, folder: Path) -> None:
     if not options.dry_run:
         not_ahead(ROOT / config["out"])
     jobs, status = 0, 1
-    kept = {model: len(list((ROOT / "build" / "chunks" / model).glob("*"))) for model in options.models}
-    if config["mode"] == "measure" and not options.dry_run and any(kept.values()):
-        print(f"goes on: {sum(kept.values())} measured parts lie in build/chunks/, and are not measured again")
+    if config["mode"] == "measure" and not options.dry_run:
+        kept = sum(len(list((ROOT / "build" / "chunks" / model).glob("*"))) for model in options.models)
+        if kept:  # of quick looks and full runs alike
+            print(f"{kept} measured parts lie in build/chunks/: those of this run are not measured again")
     try:
         for event in follow(command(options, config, config_file), log):
             kind, _, what = event.partition(": ")
