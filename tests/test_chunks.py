@@ -15,7 +15,7 @@ import pytest
 import tiny
 import torch
 
-from refusal import activations, chunks, conditions, conversion, directions, engine, models, prefixes, steering
+from refusal import activations, chunks, conditions, conversion, directions, engine, models, packing, prefixes, steering
 from refusal.steering import add, baseline
 
 FACTS = {"weights_sha256": "ab" * 32, "template_sha256": "cd" * 32, "dtype": "float32", "stop_tokens": ["a", "b"]}
@@ -145,7 +145,7 @@ def edited(tmp_path, monkeypatch):
     return edit
 
 
-@pytest.mark.parametrize("module", [conversion, models, prefixes, directions, conditions, engine, steering])
+@pytest.mark.parametrize("module", [conversion, packing, models, prefixes, directions, conditions, engine, steering])
 def test_the_source_of_a_module_that_decides_tokens_names_other_chunks(names, edited, module):
     before = names()
     edited(module)

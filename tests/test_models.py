@@ -19,7 +19,7 @@ import yaml
 from conftest import CHAT_TEMPLATE, make_hf, make_tokenizer
 from safetensors.torch import load_file
 
-from refusal import conversion, models, registry, weights
+from refusal import conversion, models, packing, registry, weights
 from refusal.files import ROOT, CompendiumError, sha256_file
 
 REAL = {"qwen2.5-coder-0.5b": 6, "qwen2.5-coder-1.5b": 22, "smollm2-135m": 1}
@@ -271,7 +271,10 @@ def test_load_gives_the_published_model(cache, shop):
     assert model.tokenizer("I'm 42\n\n", add_special_tokens=False).input_ids == make_tokenizer()("I'm 42\n\n").input_ids
     assert (model.n_layers, model.width, model.dtype) == (4, 32, "float32")
     assert model.weights_sha256 == sha256_file(cache[0] / "tiny" / "model.safetensors")
-    assert models.load("tiny", "bfloat16").hf.dtype == torch.bfloat16
+    half = models.load("tiny", "bfloat16").hf
+    assert half.dtype == torch.bfloat16
+    packable = torch.ops.mkldnn._is_mkldnn_bf16_supported() and not torch.cuda.is_available()
+    assert any(isinstance(module, packing.Packed) for module in half.modules()) == packable
 
 
 def test_load_refuses_unknown_dtype_and_weights_that_do_not_fit_the_entry(cache, shop, tmp_path, monkeypatch):
@@ -798,7 +801,8 @@ def test_smollm2_from_the_registry(tmp_path, monkeypatch):
     monkeypatch.setenv("REFUSAL_CACHE", str(tmp_path))
     model = models.load("smollm2-135m")
     assert (model.n_layers, model.width) == (30, 576)
-    assert model.hf.lm_head.weight.data_ptr() == model.hf.model.embed_tokens.weight.data_ptr()
+    embedded = model.hf.model.embed_tokens.weight  # tied to the head, which may be packed
+    torch.testing.assert_close(model.hf.lm_head(embedded[:50]), torch.nn.functional.linear(embedded[:50], embedded))
     batch = models.encode(model, ["What is the capital of France?"])
     ids = model.hf.generate(**batch, max_new_tokens=20)[0, batch["input_ids"].shape[1] :]
     assert "Paris" in model.tokenizer.decode(ids) and int(ids[-1]) in model.stop_ids

@@ -30,6 +30,7 @@ from refusal import (
     directions,
     engine,
     models,
+    packing,
     prefixes,
     prompts,
     records,
@@ -39,7 +40,7 @@ from refusal import (
 from refusal.conditions import Condition
 from refusal.files import ROOT, atomic, progress, sha256_file, sha256_text
 
-DECIDE_TOKENS = (conversion, models, prefixes, directions, conditions, engine, steering)
+DECIDE_TOKENS = (conversion, packing, models, prefixes, directions, conditions, engine, steering)
 DECIDE_METRICS = (*DECIDE_TOKENS, activations)
 PROMPT_TOKENS = 128
 LOADING = 1.5  # times the weights, beside the processor: copies are made of parts while they are loaded and multiplied

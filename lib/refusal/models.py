@@ -83,6 +83,8 @@ def load(model_id: str, dtype: str = "auto") -> Model:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from refusal import packing
+
     place: dict[str, Any] = {
         "pretrained_model_name_or_path": folder,
         "local_files_only": True,
@@ -98,6 +100,7 @@ def load(model_id: str, dtype: str = "auto") -> Model:
     except (OSError, ValueError) as error:
         said = " ".join(str(error).split())[:200].rstrip(".")
         raise CompendiumError(f"{model_id} cannot be loaded from {folder}: {said}.") from error
+    packing.pack(hf)
     model = wrap(hf, tokenizer, model_id, weights_sha256, known.stop)
     if (model.n_layers, model.width) != (known.blocks, known.width):
         raise CompendiumError(
