@@ -367,6 +367,19 @@ def test_the_command_shows_one_claim_in_full(copied, capsys):
         assert words in " ".join(out.split()), words
 
 
+def test_only_the_claims_asked_for_are_tested(copied, capsys, monkeypatch):
+    """The whole ledger takes half a minute; a claim alone has the same page as among all."""
+    chosen = LEDGER.claim("sign-mistral-plus")
+    for name in list(TESTS):
+        if name != chosen.test:
+            monkeypatch.delitem(TESTS, name)
+    with monkeypatch.context() as patch:
+        patch.setattr(claims.claim_file, "read", lambda: LEDGER)
+        assert claims.main(["--records", str(copied[0]), chosen.id]) == 0
+    page = claims.page(chosen, LEDGER.rules[chosen.test], {MODEL: copied[1]})
+    assert capsys.readouterr().out.strip() == page.strip()
+
+
 def test_the_command_prints_the_ledger(copied, capsys):
     assert claims.main(["--records", str(copied[0])]) == 0
     out = capsys.readouterr().out

@@ -28,9 +28,10 @@ from refusal import (
     figures_cones,
     models,
     runs,
+    statistics,
     steering,
 )
-from refusal.analyses import plan
+from refusal.analyses import mean_interval, plan
 from refusal.cone_effects import Contrast
 from refusal.files import CompendiumError
 from refusal.statistics import Interval
@@ -368,7 +369,8 @@ def test_completions_under_separate_directions():
 
     frame = completions(refused)
     kinds = cone_effects.kinds_of(frame)
-    added = cone_effects.matrix(cone_effects.generated(frame, "add"), kinds)
+    added = cone_effects.matrix(cone_effects.generated(frame, "add"), kinds, cone_effects.answers_interval)
+    assert added["low"].min() > -1.0 - 1e-9 and added["high"].max() < 1.0 + 1e-9
     wide = added.pivot(index="direction", columns="category", values="value").loc[list(KINDS), list(KINDS)]
     np.testing.assert_array_equal(wide, 2 * np.eye(4) - 1)  # own: +1 refuses and -1 does not; others the reverse
     ablated = cone_effects.generated(frame, "ablate")
@@ -378,6 +380,15 @@ def test_completions_under_separate_directions():
     missing = frame.drop(frame.index[3])
     with pytest.raises(CompendiumError, match=r"^the record lacks a completion .*\.$"):
         cone_effects.generated(missing, "add")
+
+
+def test_answers_have_the_interval_of_paired_differences():
+    """A t interval of 23 rises and 2 prompts as they were would end above 1, which no difference can reach."""
+    value, interval = cone_effects.answers_interval(np.array([1.0] * 23 + [0.0] * 2))
+    assert value == 0.92 and vars(interval) == vars(statistics.tango(23, 0, 25)) and interval.high < 1
+    assert mean_interval(np.array([1.0] * 23 + [0.0] * 2))[1].high > 1
+    mixed, interval = cone_effects.answers_interval(np.array([1.0] * 6 + [-1.0] * 2 + [0.0] * 12))
+    assert mixed == 0.2 and vars(interval) == vars(statistics.tango(6, 2, 20))
 
 
 # ---- a run from end to end, and its figures
@@ -453,7 +464,7 @@ def figures_of(rows, metrics):
     contrasts = {"category": cone_effects.contrast(cone_effects.swings(metrics, "category"), kinds, 0)}
     contrasts |= cone_effects.secondary(rows, metrics, 0)
     swings = [cone_effects.mean_swings(metrics, kinds, family) for family in ("combination", "random")]
-    generated = cone_effects.matrix(cone_effects.generated(rows, "add"), kinds)
+    generated = cone_effects.matrix(cone_effects.generated(rows, "add"), kinds, cone_effects.answers_interval)
     figure = figures_cones.causes({"(a)": matrix, "(b)": generated}, contrasts, *swings)
     image = figure.axes[0].images[0].get_array()
     wide = matrix.pivot(index="direction", columns="category", values="value")

@@ -195,7 +195,7 @@ def test_swings_by_hand(special):
     values = steering.screen(one.model, prompts["text"].tolist(), conditions, one.openings)
     wanted = (values[:, 0] - values[:, 1]).numpy()
     assert specificity.swings(metrics)["extracted", 0] == pytest.approx(wanted.mean(), abs=1e-4)
-    mean, interval = specificity._swing(metrics)
+    mean, interval = specificity.swing(metrics)
     assert mean == pytest.approx(wanted.mean(), abs=1e-4) and interval.low < mean < interval.high
     turned = control_screens.screen(one.model, prompts, controls.opposite(extracted), {}, LAYER, one.openings).assign(
         experiment="screen"

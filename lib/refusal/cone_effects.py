@@ -4,7 +4,7 @@ Separate directions predict a diagonal matrix of effects, one shared direction p
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,17 +136,32 @@ def kinds_of(frame: pd.DataFrame) -> "pd.Series[str]":
     return frame.drop_duplicates("prompt_id").set_index("prompt_id")["category"]
 
 
-def matrix(effects: pd.DataFrame, kinds: "pd.Series[str]") -> pd.DataFrame:
+def answers_interval(values: NDArray[np.float64]) -> tuple[float, Interval]:
+    """The mean of differences -1, 0 and 1 of paired answers, with the plan's interval for them."""
+    more, less = int((values > 0).sum()), int((values < 0).sum())
+    return float(np.mean(values)), statistics.tango(more, less, len(values), plan()["confidence"])
+
+
+def matrix(
+    effects: pd.DataFrame,
+    kinds: "pd.Series[str]",
+    interval: Callable[[NDArray[np.float64]], tuple[float, Interval]] = mean_interval,
+) -> pd.DataFrame:
     """E[j, k], the mean effect of direction j on the prompts of category k.
 
+    Args:
+        effects: From `swings` or `generated`.
+        kinds: The category of each prompt.
+        interval: t over prompts, or `answers_interval` for completions.
+
     Returns:
-        A row for each direction and category: `direction, category, n, value, low, high` (t interval over prompts).
+        A row for each direction and category: `direction, category, n, value, low, high`.
     """
     rows = []
     for direction, values in effects.iterrows():
         for kind, part in values.groupby(kinds.loc[effects.columns].to_numpy(), sort=False):
-            value, interval = mean_interval(part.to_numpy(dtype=float))
-            rows.append({"direction": direction, "category": kind, "n": len(part), "value": value, **vars(interval)})
+            value, ends = interval(part.to_numpy(dtype=float))
+            rows.append({"direction": direction, "category": kind, "n": len(part), "value": value, **vars(ends)})
     return pd.DataFrame(rows)
 
 

@@ -92,8 +92,7 @@ def _extraction(frame: pd.DataFrame, metrics: pd.DataFrame, about: Mapping[str, 
 
 def _controls(frame: pd.DataFrame, metrics: pd.DataFrame, about: Mapping[str, Any]) -> Iterator[Found]:
     test = specificity.table(metrics)
-    own = specificity.by_prompt(metrics).loc["extracted"]
-    swing, interval = analyses.mean_interval((own.loc[1.0] - own.loc[-1.0]).to_numpy(dtype=float))
+    swing, interval = specificity.swing(metrics)
     yield Found("swing", "log-odds", swing, interval)
     yield Found("z", "sd", float(test.loc["random", "z"]))
     yield Found("special", "verdict", math.nan, said=specificity.verdict(test))

@@ -195,8 +195,8 @@ def numbers(frame: pd.DataFrame, metrics: pd.DataFrame, about: Mapping[str, Any]
         named |= {f"{head}KlP": p_value(matched["p"]), f"{head}Unreached": str(int(matched["missing"])),
                   f"{head}AblationP": p_value(more.loc[("ablation", family), "p"])}  # fmt: skip
     for name, (value, interval) in {
-        "Swing": _swing(metrics),
-        "SwingHarmless": _swing(metrics, HARMLESS),
+        "Swing": swing(metrics),
+        "SwingHarmless": swing(metrics, HARMLESS),
         "Ablation": mean_interval(by_prompt(metrics, experiment="ablation").loc["extracted"].to_numpy(dtype=float)[0]),
         "Worst": sizes["worst"],
     }.items():
@@ -216,7 +216,8 @@ def numbers(frame: pd.DataFrame, metrics: pd.DataFrame, about: Mapping[str, Any]
     return named | _counts(metrics, test, more) | _kl_numbers(metrics) | completions
 
 
-def _swing(metrics: pd.DataFrame, prompt_set: str = HARMFUL) -> tuple[float, Interval]:
+def swing(metrics: pd.DataFrame, prompt_set: str = HARMFUL) -> tuple[float, Interval]:
+    """The swing of the extracted direction on a set of prompts, with its t interval."""
     own = by_prompt(metrics, prompt_set).loc["extracted"]
     return mean_interval((own.loc[1.0] - own.loc[-1.0]).to_numpy(dtype=float))
 
