@@ -43,4 +43,7 @@ def pack(hf: torch.nn.Module) -> int:
         linear = hf.get_submodule(name)
         assert isinstance(linear, torch.nn.Linear)
         hf.set_submodule(name, Packed(linear))
+    if chosen:  # what is left are views of the mapped file, which keep all of it in memory
+        for parameter in hf.parameters():
+            parameter.data = parameter.data.clone()
     return len(chosen)
