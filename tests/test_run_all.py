@@ -498,3 +498,15 @@ def test_killed_run_ends_whole_and_the_same_command_goes_on(copy):
 def test_ci_runs_the_tests():
     assert "exec ./run_all.sh test" in (ROOT / ".ci" / "run").read_text()
     assert os.access(ROOT / ".ci" / "run", os.X_OK) and os.access(ROOT / "run_all.sh", os.X_OK)
+
+
+def test_a_step_that_has_no_room_for_its_log_failed_for_want_of_space(tmp_path, monkeypatch):
+    log = tmp_path / "logs" / "snakemake.log"
+    log.parent.mkdir()
+    log.write_text("Error in rule weights:\n    jobid: 1\n    log: build/logs/tiny/weights.log (check log file)\n")
+    assert run.failure(tmp_path, log).startswith("the step weights failed without saying why")
+    free = shutil.disk_usage(tmp_path)._replace(free=8192)
+    monkeypatch.setattr(run.shutil, "disk_usage", lambda _: free)
+    assert re.fullmatch(
+        r"no space is left to write .*: free some, then run the same command again\.", run.failure(tmp_path, log)
+    )

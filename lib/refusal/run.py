@@ -5,6 +5,7 @@
 
 import contextlib
 import csv
+import errno
 import os
 import re
 import shutil
@@ -23,6 +24,7 @@ from refusal.parameters import defaults, find, read
 
 OUT = {"full": "build", "quick": "build/quick", "user": "build/user", "replay": "build/replay"}
 PRODUCTS = ("directions", "figures", "logs", "models", "notebooks", "paper", "records")
+LOG_BYTES = 64 * 1024  # with less space a step cannot say why it failed
 QUICK = {"n_prompts": 12}  # for notebooks that have such a parameter
 
 
@@ -133,6 +135,8 @@ def failure(out: Path, log: Path) -> str:
     if "older modification time" in text:
         return "the clock of this machine jumped back while a step ran: run the same command again, which goes on."
     step = re.search(r"Error in rule (\S+?),?:(?:.|\n)*?log: (\S+)", text)
+    if shutil.disk_usage(log.parent).free < LOG_BYTES:
+        return str(explain(OSError(errno.ENOSPC, "full"), out))
     if step:
         return f"the step {step[1]} failed without saying why: its log is {step[2]}."
     said = [line.strip() for line in text.splitlines() if re.search(r"Error|Exception", line)]
