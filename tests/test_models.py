@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -591,6 +592,21 @@ def test_hub_errors_are_one_sentence(hub, monkeypatch):
         assert "secret-token" not in str(caught.value)
     assert hub[1][0][1]["token"] == "secret-token"
     assert hub[1][0][1]["revision"] == "11c9b309abf73637e4b6f9a3fa1e92e615547819"
+
+
+@pytest.mark.parametrize("given", [None, 0.1])
+def test_a_silent_hub_is_not_waited_for(monkeypatch, given):
+    """Its library lists files without a limit of time; limits that it gives stay."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    limits = []
+    with socket.create_server(("127.0.0.1", 0)) as silent, weights._hub_client() as client:
+        client.event_hooks["request"].append(lambda request: limits.append(set(request.extensions["timeout"].values())))
+        with pytest.raises(Exception, match="timed out"):
+            client.get(f"http://127.0.0.1:{silent.getsockname()[1]}", timeout=given)
+    assert limits == [{given or 0.3}]
 
 
 def test_a_hub_model_loads_with_our_generation_settings(hub, tmp_path, monkeypatch):

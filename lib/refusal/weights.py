@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Iterator
 from hashlib import sha1, sha256
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -170,9 +171,23 @@ def _make(model: Entry, folder: Path) -> None:
     shutil.rmtree(work)
 
 
+def _hub_client() -> Any:  # noqa: ANN401 - of the library that the hub's client is built on
+    """The hub's own client, which asks for some things without a limit of time, and would wait for ever."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils._http import default_client_factory
+
+    def limit(request: Any) -> None:  # noqa: ANN401
+        given = request.extensions["timeout"]
+        request.extensions["timeout"] = {what: given[what] or constants.HF_HUB_DOWNLOAD_TIMEOUT for what in given}
+
+    client = default_client_factory()
+    client.event_hooks["request"].append(limit)
+    return client
+
+
 def _snapshot(model: Entry) -> Path:
     """The folder of a hub model at its pinned revision, in the hub's own cache; the hub's client resumes and checks."""
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import errors, set_client_factory, snapshot_download
 
     token = os.environ.get("HF_TOKEN") or None
     if model.gated and not token:
@@ -182,6 +197,7 @@ def _snapshot(model: Entry) -> Path:
         )
     # "model*" leaves out second copies of the weights such as Mistral's consolidated.safetensors.
     wanted = ["model*.safetensors", "*.json", "*.jinja", "tokenizer*", "merges.txt"]
+    set_client_factory(_hub_client)
     try:
         with quiet():
             return Path(snapshot_download(model.hub_id, revision=model.revision, token=token, allow_patterns=wanted))
