@@ -83,8 +83,14 @@ def opened(page, address):
 
 
 def menu(page, name, entry):
-    """Chooses an entry of a menu; one that is not to be had yet is looked for again."""
+    """Chooses an entry of a menu; one that is not to be had yet is looked for again.
+
+    On a busy machine a click may fall on a neighbouring entry, such as "Restart Kernel and Run All Cells", which asks
+    first: such a question is declined.
+    """
     for _ in range(40):
+        if (decline := page.locator("dialog.jp-Dialog button.jp-mod-reject")).count():
+            decline.first.click()
         page.get_by_role("menuitem", name=name, exact=True).click()
         item = page.get_by_role("menuitem", name=entry).first
         if item.get_attribute("aria-disabled") != "true":
@@ -171,6 +177,8 @@ def test_a_slider_moves_its_figure(chromium, address):
     nbformat.write(made, copy / "notebooks" / "slider.ipynb")
     page = chromium.new_context(viewport={"width": 1400, "height": 1000}).new_page()
     opened(page, f"{origin}/lab/tree/notebooks/slider.ipynb?reset&token={TOKEN}")
+    menu(page, "Run", re.compile("^Restart Kernel and Run All Cells"))
+    page.locator("dialog.jp-Dialog").wait_for()  # it asks first, which `menu` declines
     menu(page, "Run", "Run All Cells")
     picture = page.locator(".jp-OutputArea img").first
     picture.wait_for(timeout=60_000)
