@@ -26,6 +26,11 @@ def launched():
         started.close()
 
 
+def patient():
+    """A block in which a page that is not ready in time raises nothing, for those who try again."""
+    return contextlib.suppress(pytest.importorskip("playwright.sync_api").TimeoutError)
+
+
 class _Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *_):
         pass
