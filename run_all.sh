@@ -8,6 +8,8 @@ unset PYTHONPATH PYTHONHOME # they would let other versions of the pinned packag
 unset REFUSAL_LAB # refusal.lab sets it: elsewhere figures stand still
 # Memory in large pages: a batch's intermediate results are made and left again, and finding their pages costs 5 %.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
+# Arrow takes every path for UTF-8, and so must Python, in whatever locale: else a folder with foreign letters is not found.
+export PYTHONUTF8=1
 export PYTHONNOUSERSITE=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
 
 TEX_PACKAGES="latexmk texlive-latex-recommended lmodern"
