@@ -172,7 +172,8 @@ def _matrix(axes: Axes, table: pd.DataFrame, title: str) -> None:
         low, high = (ends[end].loc[order[row], order[column]] for end in ("low", "high"))
         span = f"[{low:.2f}, {high:.2f}]".replace("-", "−")
         axes.text(column, row - 0.12, said, ha="center", va="center", color=ink, fontsize=7.5)
-        axes.text(column, row + 0.22, span, ha="center", va="center", color=ink, fontsize=5)
+        size = 5 if len(span) < 13 else 4.5  # with a minus sign it would fill the cell
+        axes.text(column, row + 0.22, span, ha="center", va="center", color=ink, fontsize=size)
     axes.set_xticks(range(len(order)), order, rotation=20)
     axes.set_yticks(range(len(order)), order)
     axes.set(xlabel="prompts of category", ylabel="direction of category", title=title)
