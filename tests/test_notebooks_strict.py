@@ -12,8 +12,8 @@ import subprocess
 import sys
 import time
 
+import family
 import nbformat
-import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
@@ -275,11 +275,11 @@ def test_killed_run_leaves_no_output_and_no_process(tmp_path, victim):
     parent = subprocess.Popen(["bash", "-c", '"$@" & wait', "bash", *worker], start_new_session=True)
     try:
         wait_for(lambda: mark.exists() and mark.read_text())
-        processes = [psutil.Process(parent.pid), *psutil.Process(parent.pid).children(recursive=True)]
+        processes = family.of(parent.pid)
         assert int(mark.read_text()) in [process.pid for process in processes]
         (processes[0] if victim == "parent" else processes[1]).send_signal(signal.SIGKILL)
         parent.wait(10)
-        wait_for(lambda: not any(alive(process) for process in processes))
+        assert family.survivors(processes, seconds=20) == []
         assert not out.exists() and all(name.startswith(".") for name in left_in(tmp_path / "out"))
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -291,12 +291,6 @@ def wait_for(condition, seconds=30):
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.1)
-
-
-def alive(process):
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    return False
 
 
 # --- the committed notebooks: nbval compares nothing in a cell without an execution count, no picture, and passes one

@@ -10,8 +10,8 @@ import time
 import tomllib
 from pathlib import Path
 
+import family
 import nbformat
-import psutil
 import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
@@ -480,12 +480,11 @@ def test_killed_run_ends_whole_and_the_same_command_goes_on(copy):
             assert process.poll() is None and time.monotonic() < end
             time.sleep(0.1)
         assert "another run is under way" in fails(copy)
-        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        assert any("ipykernel" in " ".join(member.cmdline()) for member in family)
+        members = family.of(process.pid)
+        assert any("ipykernel" in " ".join(member.cmdline()) for member in members)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        _, alive = psutil.wait_procs(family[1:], timeout=10)
-        assert not alive
+        assert family.survivors(members, seconds=20) == []
     finally:
         process.kill()
     assert not (copy / "build" / "notebooks" / MODEL / "03_sign_inversion.ipynb").exists()

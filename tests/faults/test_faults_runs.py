@@ -12,6 +12,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import family
 import psutil
 import pytest
 import stage as stages
@@ -70,15 +71,6 @@ def goes_on(stage, rows):
     same(stage.rows(), rows)
 
 
-def family(process):
-    """A process and all that it has started."""
-    try:
-        whole = psutil.Process(process.pid)
-        return [whole, *whole.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
-
-
 def wait_for(found, process, seconds=120):
     """Waits until `found()` gives something, while the process runs."""
     end = time.monotonic() + seconds
@@ -91,7 +83,7 @@ def wait_for(found, process, seconds=120):
 def kernels(process):
     """The kernels of a run that have begun to work: they have their libraries, and so some memory."""
     found = []
-    for member in family(process):
+    for member in family.of(process.pid):
         try:
             if "ipykernel_launcher" in " ".join(member.cmdline()) and member.memory_info().rss > 200e6:
                 found.append(member)
@@ -130,13 +122,12 @@ def test_killed_at_random_moments_the_same_command_ends_with_the_same_rows(stage
         try:
             process.wait(left[-1] * seconds)
         except subprocess.TimeoutExpired:
-            members = family(process)
+            members = family.of(process.pid)
             rng.choice([process.kill, lambda: os.killpg(process.pid, signal.SIGKILL)])()  # noqa: B023
             left.pop()
             from_nothing = False
             process.communicate()
-            _, alive = psutil.wait_procs(members[1:], timeout=20)
-            assert not alive, [member.cmdline() for member in alive]
+            assert family.survivors(members, seconds=20) == []
             there = stage.rows()  # each record that is there is whole
             same(there, {name: rows[name] for name in there})
         else:
@@ -191,7 +182,7 @@ def test_a_step_that_is_killed_is_one_sentence(stage, peace, step):
     stage.clear()
     process = stage.start()
     wait_for(lambda: kernels(process), process)
-    next(member for member in family(process) if f"-m {step}" in " ".join(member.cmdline())).kill()
+    next(member for member in family.of(process.pid) if f"-m {step}" in " ".join(member.cmdline())).kill()
     _, error = process.communicate(timeout=120)
     assert process.returncode == 2 and sentence(error)
     goes_on(stage, peace[0])
@@ -236,7 +227,7 @@ def test_a_repository_that_cannot_be_written_but_for_build(stage, peace):
 def test_two_runs_at_once_the_second_is_refused_and_the_first_is_whole(stage, peace):
     stage.clear()
     first = stage.start()
-    wait_for(lambda: (stage.folder / "build" / ".lock").exists() and len(family(first)) > 1, first)
+    wait_for(lambda: (stage.folder / "build" / ".lock").exists() and len(family.of(first.pid)) > 1, first)
     status, _, error = stage.run()
     assert status == 2 and "another run is under way" in sentence(error)
     _, error = first.communicate(timeout=300)
