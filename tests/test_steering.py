@@ -3,6 +3,7 @@
 import collections
 import copy
 import dataclasses
+import hashlib
 import math
 
 import numpy as np
@@ -212,6 +213,23 @@ def test_rows_that_say_the_same_share_the_trunk(model, directions, monkeypatch):
     assert all(row == [row[0]] * 4 for row in tokens(made))
 
 
+def test_rows_that_part_keep_their_nodes_and_as_many_as_can_their_places():
+    """Rows are at one node as long as they have said the same; a node whose parent had its place is not copied."""
+    rng = np.random.default_rng(2)
+    for rows, nodes, vocabulary in [(1, 1, 5), (40, 7, 3), (40, 12, 2), (60, 30, 151_936)]:
+        node, token = torch.tensor(rng.integers(nodes, size=rows)), torch.tensor(rng.integers(vocabulary, size=rows))
+        running = torch.tensor(rng.random(rows) < 0.8)
+        old = node.clone()
+        parents, said = steering._divide(node, token, running)
+        assert node[~running].tolist() == old[~running].tolist()
+        assert parents[node[running]].tolist() == old[running].tolist()
+        assert said[node[running]].tolist() == token[running].tolist()
+        apart = set(zip(old[running].tolist(), token[running].tolist(), strict=True))
+        assert sorted(zip(parents.tolist(), said.tolist(), strict=True)) == sorted(apart)
+        stay = {parent for parent, _ in apart if parent < len(apart)}
+        assert {place for place, parent in enumerate(parents.tolist()) if place == parent} == stay
+
+
 @pytest.mark.parametrize("pick", [["ablate random"], ["ablate random", "random +2"], ["random -1"], ["random +1.5"]])
 def test_without_an_unsteered_row_or_a_score_the_trunk_ends_early(model, plain, conditions, pick):
     """At the embeddings, at a layer, at the last one; then its logits are not there."""
@@ -400,6 +418,18 @@ def test_samples_depend_on_seed_and_text_alone(model, directions):
     greedy = steering.generate(model, PROMPTS[:1], [steering.baseline()], max_new_tokens=12)[0][0].token_ids
     mixed = steering.generate(model, PROMPTS[:1], [steering.sampled(3), steering.baseline()], max_new_tokens=12)[0]
     assert [completion.token_ids for completion in mixed] == [alone, greedy] and alone != greedy
+
+
+def test_random_numbers_are_drawn_from_the_row_s_seed_and_prompt():
+    """By this very rule, since committed records hang on it."""
+    some = [steering.sampled(3), steering.baseline(), steering.sampled(12)]
+    drawn = steering._uniforms(PROMPTS[:2], some, 5)
+    assert drawn.dtype == torch.float64 and bool(drawn[[1, 4]].isnan().all())
+    for row, (text, seed) in enumerate((text, seed) for text in PROMPTS[:2] for seed in (3, None, 12)):
+        if seed is not None:
+            own = int(hashlib.sha256(f"{seed}|{text}".encode()).hexdigest()[:15], 16)
+            slow = torch.rand(5, generator=torch.Generator().manual_seed(own), dtype=torch.float64)
+            assert drawn[row].tolist() == slow.tolist()
 
 
 def frequencies_fit(drawn, probabilities):
