@@ -512,6 +512,19 @@ def test_reference_nll_is_that_of_the_unsteered_model(model, conditions):
     assert all(math.isnan(completion.reference_nll) for row in short for completion in row)
 
 
+def test_a_score_needs_no_unsteered_row_nor_an_unsteered_row_a_score(model, directions):
+    """Where no row is steered at the last layer, up to which the trunk would run for its sake."""
+    steered = [steering.add(directions, 1, 1.0), steering.add(directions, 0, -2.0)]
+    mixed = [steering.baseline(), steering.sampled(3), *steered]
+    scored = steering.generate(model, PROMPTS, mixed, max_new_tokens=14)
+    assert tokens(steering.generate(model, PROMPTS, mixed, max_new_tokens=14, score=False)) == tokens(scored)
+    alone = steering.generate(model, PROMPTS, steered, max_new_tokens=14)
+    assert tokens(alone) == [row[2:] for row in tokens(scored)]
+    expected = np.array([[one.reference_nll for one in row[2:]] for row in scored])
+    assert np.isfinite(expected).mean() > 0.7
+    np.testing.assert_allclose([[one.reference_nll for one in row] for row in alone], expected, rtol=1e-4)
+
+
 def test_screen_equals_hooked_logits(model, plain, conditions, monkeypatch):
     expected = log_odds(plain, conditions)
     for rows, at_once in ((512, 64), (7, 64), (512, 3), (1, 1)):
