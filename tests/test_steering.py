@@ -279,14 +279,25 @@ def test_a_batch_equals_single_prompts_and_conditions(model, conditions):
     ]
 
 
-def test_rows_that_end_leave_the_others_as_they_are(model, conditions):
+def test_rows_that_end_leave_the_others_as_they_are(model, conditions, monkeypatch):
     """Common words as stop tokens, so that rows, greedy and sampled, end at many different steps."""
     some = [*conditions, steering.sampled(1), steering.sampled(2)]
     whole = tokens(steering.generate(dataclasses.replace(model, stop_ids=(-1,)), PROMPTS, some, max_new_tokens=NEW))
     common = collections.Counter(token for row in whole for ids, _ in row for token in set(ids[3:]))
     stops = tuple(token for token, _ in common.most_common(5))
     ends = dataclasses.replace(model, stop_ids=stops)
-    made = tokens(steering.generate(ends, PROMPTS, some, max_new_tokens=NEW))
+    ran, step = {True: 0, False: 0}, engine.step
+
+    def counted(model, keys, token, valid, edits=None, **where):
+        ran[edits is None] += len(token)
+        return step(model, keys, token, valid, edits=edits, **where)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "step", counted)
+        made = tokens(steering.generate(ends, PROMPTS, some, max_new_tokens=NEW))
+    said = [(text, one, ids) for text, row in enumerate(made) for one, (ids, _) in zip(some, row, strict=True)]
+    assert ran[False] == sum(min(len(ids), NEW - 1) for _, one, ids in said if one.first is not None)
+    assert ran[True] == len({(text, ids[: n + 1]) for text, _, ids in said for n in range(min(len(ids), NEW - 1))})
     for row, unstopped in zip(made, whole, strict=True):
         for (ids, reason), (all_ids, _) in zip(row, unstopped, strict=True):
             first = next((place for place, token in enumerate(all_ids) if token in stops), NEW)
