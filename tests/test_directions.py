@@ -171,6 +171,14 @@ def test_nothing_planted_is_reported_as_nothing(profile):
     assert mean(profile, "split_half_cosine")[0] == pytest.approx(0.0, abs=0.1)
 
 
+def test_a_half_is_half_of_the_smaller_side(monkeypatch):
+    sizes, halves = [], directions._half_cosines
+    monkeypatch.setattr(directions, "_half_cosines", lambda *a: sizes.append(a[2]) or halves(*a))
+    sets = [torch.randn(n, 2, 8, generator=torch.Generator().manual_seed(n)) for n in (21, 17, 5, 5)]
+    directions.profile(*sets, seed=0, halves=2, draws=2, bootstraps=2)
+    assert sizes == [8, *(n for n in directions.PROMPT_COUNTS if n <= 8)]
+
+
 def test_split_half_cosine_is_near_theory(profile):
     """Each half of n/2 prompts a side has its own noise: cos = d^2 / (d^2 + 2 width / (n/2))."""
     d2 = (PLANTED**2).numpy()
