@@ -140,7 +140,7 @@ def run_all(page, path):
     Cells asked for before the kernel listens are never run, and a busy page may take one click for two: so the menu is
     asked again where all is still, and what counts is that the last run went through every cell.
     """
-    deadline = time.monotonic() + 480
+    deadline, counts = time.monotonic() + 480, None
     while time.monotonic() < deadline:
         menu(page, "Run", "Run All Cells")
         still, before = 0, None

@@ -484,7 +484,7 @@ def test_killed_run_ends_whole_and_the_same_command_goes_on(copy):
         assert any("ipykernel" in " ".join(member.cmdline()) for member in members)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        assert family.survivors(members, seconds=20) == []
+        assert family.survivors(members, seconds=10) == []
     finally:
         process.kill()
     assert not (copy / "build" / "notebooks" / MODEL / "03_sign_inversion.ipynb").exists()
